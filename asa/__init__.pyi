@@ -26,10 +26,10 @@ from .models.masked_autoencoder import asa_base as asa_base
 from .models.masked_autoencoder import asa_small as asa_small
 from .models.masked_autoencoder import asa_tiny as asa_tiny
 from .models.sa_swin import SASwin as SASwin
+from .models.sa_swin import SymmetryAwareCrossAttention as SymmetryAwareCrossAttention
 from .models.sa_swin import sa_swin_base as sa_swin_base
 from .models.sa_swin import sa_swin_small as sa_swin_small
 from .models.sa_swin import sa_swin_tiny as sa_swin_tiny
-from .models.saca import SymmetryAwareCrossAttention as SymmetryAwareCrossAttention
 from .models.sw_vit import LinearWindowAttention as LinearWindowAttention
 from .models.sw_vit import SWViT as SWViT
 from .models.unet import SegmentationUNet as SegmentationUNet

@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
-READERS = ("asa.data.datasets", "asa.data.phantom.reader")
+READERS = ("asa.data.datasets", "asa.data.phantom.cohort")
 CONFIG_TARGETS = ("asa.models", "asa.methods", *READERS, "asa.data.preprocessing.settings", *PACKAGES)
 CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa.restoration.restormer")
 
@@ -67,11 +67,8 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
     """Make the object that a node of plain data describes, innermost first.
 
     A mapping with `_target_: package.module.name` becomes a call of that name with the other keys as keywords; other
-    mappings and lists are built item by item; anything else stays what it is. Targets lie under `targets`, or under
-    packages of the user's own, `plugins`.
-
-    Raises:
-        ValueError: a target outside the allow-list or one that does not exist, or keywords that it does not take.
+    mappings and lists are built item by item. Targets lie under `targets`, or under packages of the user's own,
+    `plugins`; a ValueError for others, one that does not exist, or keywords that it does not take.
     """
     if isinstance(node, Mapping):
         items = {key: build(item, plugins=plugins, targets=targets) for key, item in node.items() if key != "_target_"}
@@ -95,10 +92,8 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
     target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
     module_name, _, name = target.rpartition(".")
     if not _lies_under(module_name, allowed):
-        raise ValueError(
-            f"_target_={target} is not allowed: only what lies under {', '.join(allowed)}; give a package of "
-            "your own as plugins=[mine]"
-        )
+        only = f"only what lies under {', '.join(allowed)}; give a package of your own as plugins=[mine]"
+        raise ValueError(f"_target_={target} is not allowed: {only}")
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
@@ -121,14 +116,14 @@ def typed(cls: type[T], node: Mapping[str, Any], group: str = "") -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(node)))
     except OmegaConfBaseException as error:
-        raise ValueError(_wrong_type(error, cls, group) or first_line(error)) from error
+        raise ValueError(_wrong_type(error, cls, group) or _first_line(error)) from error
     result = OmegaConf.to_object(merged)
     assert isinstance(result, cls)
     return result
 
 
 def _wrong_type(error: BaseException, cls: type | None, group: str) -> str:
-    """One line about a field of a settings dataclass that was given another type; "" for any other error."""
+    """A line about a field of a settings dataclass that was given another type; "" for any other error."""
     key = str(getattr(error, "full_key", None) or "").removeprefix(f"{group}.")  # with an index, in a list
     hint = get_type_hints(cls).get(key.partition("[")[0]) if cls else None
     if hint is None or not isinstance(error, ValidationError):
@@ -153,8 +148,7 @@ def compose(command: str, overrides: Sequence[str], *, config_dir: str | Path | 
         config_dir: a folder of the user's own groups, searched too. The folder that it is in is searched for modules.
 
     Raises:
-        ValueError: an unknown key (its nearest neighbour is named), a value of the wrong type, a value that is
-            missing, or a model that the method does not train.
+        ValueError: an unknown key, a value that is missing or of a wrong type, a model that the method does not train.
     """
     _offer_models()
     for group, target in SETTINGS.get(command, {}).items():
@@ -166,13 +160,13 @@ def compose(command: str, overrides: Sequence[str], *, config_dir: str | Path | 
         search = [f"hydra.searchpath=[{written(f'file://{folder}')}]"]
         if str(folder.parent) not in sys.path:  # where `plugins=[mine]` is found; last, so that it hides no package
             sys.path.append(str(folder.parent))
+    either = ALTERNATIVES.get(command, ())
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = hydra_compose(command, [*search, *overrides], return_hydra_config=True)
             chosen = dict(config.hydra.runtime.choices)
             with open_dict(config):
                 del config.hydra
-            either = ALTERNATIVES.get(command, ())
             given = [key for key in either if not OmegaConf.is_missing(config, key) and config[key] is not None]
             missing = [*either[: not given], *sorted(OmegaConf.missing_keys(config))]
             plain = {} if missing else OmegaConf.to_container(config, resolve=True, enum_to_str=True)
@@ -227,10 +221,7 @@ def _check_model(command: str, method: str | None, model: str | None) -> None:
 
 
 def choices(command: str, group: str) -> list[str]:
-    """The values of a group that come with the package and fit a command: of `data=`, `model=`, `experiment=`, ...
-
-    An experiment fits the command that its file starts with.
-    """
+    """The values of a group that come with the package and fit a command: of `data=`, `model=`, `experiment=`, ..."""
     methods = METHODS.get(command, {})
     if group == "method":
         return sorted(methods)
@@ -238,23 +229,15 @@ def choices(command: str, group: str) -> list[str]:
         return [name for name in sized_models() if any(name.rpartition("_")[0] in f for f in methods.values())]
     folder = CONFIG_DIR / group
     files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
-    if group == "experiment":
-        files = [file for file in files if _command_of(file) == command]
+    if group == "experiment":  # for the command that the comment at its beginning has
+        of = {file: re.search(rf"^# *asa-(\w+) .*experiment={file.stem}\b", file.read_text(), re.M) for file in files}
+        files = [file for file in files if (found := of[file]) and found[1] == command]
     return [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-
-
-def _command_of(experiment: Path) -> str | None:
-    """The command that an experiment is for, from the comment at the beginning of its file."""
-    found = re.search(rf"^# *asa-(\w+) .*experiment={experiment.stem}\b", experiment.read_text(), re.MULTILINE)
-    return found[1] if found else None
 
 
 @functools.cache
 def _offer_models() -> None:
-    """Offer Hydra the group `model`: each FAMILY_SIZE of `asa.models` whose family has a YAML file.
-
-    The node is that file with the size appended to its `_target_`, so that no size needs a file of its own.
-    """
+    """Offer Hydra the group `model`: a family's YAML file for each size, which is appended to its `_target_`."""
     for name in sized_models():
         family, _, size = name.rpartition("_")
         node = OmegaConf.load(CONFIG_DIR / "model" / "family" / f"{family}.yaml")
@@ -281,19 +264,15 @@ def _explain(error: Exception, command: str, overrides: Sequence[str], search: S
             shapes = {"{": "a mapping is {name: value, other: value}", "[": "a list is [one, other]"}
             advice = "quote a value with special characters, as in \"out='a,b'\""
             return f"cannot read {given}: {shapes.get(text[:1], advice)}"
-    if several := [override.input_line for override in parsed if override.is_sweep_override()]:
-        name, _, text = str(several[0]).partition("=")
-        return (
-            f"cannot read a setting ({several[0]} has several values): quote a value with commas, as in "
-            f"\"{name}='{text}'\"; a list is {name}=[{text}]"
-        )
     for override in parsed:
-        key = override.key_or_group
+        key, line = override.key_or_group, str(override.input_line)
+        if override.is_sweep_override():
+            name, _, text = line.partition("=")
+            advice = f"quote a value with commas, as in \"{name}='{text}'\"; a list is {name}=[{text}]"
+            return f"cannot read a setting ({line} has several values): {advice}"
         if key in SETTINGS.get(command, {}) and not isinstance(override.value(), str):
-            (first, *_) = fields(SETTINGS[command][key])
-            return (
-                f"{override.input_line}: {key} is a group of settings: give them one by one, like {key}.{first.name}="
-            )
+            like = f"{key}.{fields(SETTINGS[command][key])[0].name}="
+            return f"{line}: {key} is a group of settings: give them one by one, like {like}"
     groups, single = list(search), []
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -339,9 +318,8 @@ def _explain_one(error: Exception, command: str, key: str | None, keys: Sequence
     for other in keys:
         if not (name := other.rpartition(".")[2]).startswith("_"):
             names.setdefault(name, []).append(other)
-    near = difflib.get_close_matches(key.rpartition(".")[2], names, n=1)
-    group = [other for name in near for other in names[name]]
-    hint = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(key, group, n=1, cutoff=0.0))
+    near = [other for name in difflib.get_close_matches(key.rpartition(".")[2], names, n=1) for other in names[name]]
+    hint = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(key, near, n=1, cutoff=0.0))
     taker = {"model": "network", "method": "method", "data": "reader"}.get(key.partition(".")[0])
     extra = f"; +{key}=... adds a keyword that the {taker} takes" if taker else ""
     return f"unknown key {key}{hint} (asa-{command} --help lists them{extra})"
@@ -354,11 +332,10 @@ def _cause(error: Exception) -> BaseException:
 
 def _typed_message(error: Exception, command: str) -> str:
     cause = _cause(error)
-    group = str(getattr(cause, "full_key", None) or "").partition(".")[0]
-    if found := _wrong_type(cause, SETTINGS.get(command, {}).get(group), group):
-        return found
-    key, text = getattr(cause, "full_key", None), first_line(cause)
-    return f"{key}: {text}" if key and key not in text else text
+    key = str(getattr(cause, "full_key", None) or "")
+    group = key.partition(".")[0]
+    text = _wrong_type(cause, SETTINGS.get(command, {}).get(group), group) or _first_line(cause)
+    return text if key in text else f"{key}: {text}"
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:
@@ -372,8 +349,7 @@ def _keys(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 

@@ -5,7 +5,7 @@ import torch, so that `--help` takes no time.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -63,20 +63,22 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("clip", "seed", "validate_every", "patience"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        _check_finite(self, "train", ("clip", "seed", "validate_every", "patience"))
         if self.patience and not (self.best and self.validate_every):
-            raise ValueError(
-                f"train.patience={self.patience} counts validations without a better train.best: give a metric there, "
-                "like dice or -loss, and train.validate_every"
-            )
+            advice = "give a metric there, like dice or -loss, and train.validate_every"
+            raise ValueError(f"train.patience={self.patience} counts validations without a better train.best: {advice}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema={self.ema}: the decay must be in [0, 1)")
         if not 0 < self.timeout_minutes < float("inf"):
             raise ValueError(f"train.timeout_minutes={self.timeout_minutes}: must be positive and finite")
         check_batch(self.batch_size, self.accumulate, 1)
         check_backend(self.device, self.precision, "train.")
+
+
+def _check_finite(settings: Any, group: str, names: Iterable[str]) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < float("inf"):
+            raise ValueError(f"{group}.{name}={getattr(settings, name)}: must be 0 or more")
 
 
 def check_backend(device: str, precision: str, group: str) -> None:
@@ -97,9 +99,8 @@ def check_choice(key: str, value: Any, choices: Collection[str], null: str | Non
 def check_axes(axes: str, setting: str) -> None:
     """Raise a ValueError that names the setting if `axes` are not different letters of D, H, W."""
     if not isinstance(axes, str) or not axes or len(set(axes)) < len(axes) or set(axes) - set("DHW"):
-        raise ValueError(
-            f"{setting}={axes}: name axes to mirror, each once: D (up-down), H (front-back), W (left-right)"
-        )
+        axes_of_a_scan = "D (up-down), H (front-back), W (left-right)"
+        raise ValueError(f"{setting}={axes}: name axes to mirror, each once: {axes_of_a_scan}")
 
 
 def check_placement(placement: Any) -> None:
@@ -112,10 +113,8 @@ def check_batch(batch_size: int, micro_batches: int, world_size: int) -> None:
     if batch_size < 1 or batch_size % micro_batches:
         raise ValueError(f"train.accumulate={micro_batches} does not divide train.batch_size={batch_size}")
     if batch_size % (micro_batches * world_size):
-        raise ValueError(
-            f"{world_size} processes with train.accumulate={micro_batches} do not divide "
-            f"train.batch_size={batch_size}, the global batch size"
-        )
+        batch = f"train.batch_size={batch_size}, the global batch size"
+        raise ValueError(f"{world_size} processes with train.accumulate={micro_batches} do not divide {batch}")
 
 
 @dataclass
@@ -138,29 +137,22 @@ class OptimSettings:
     encoder_lr: float = setting(1.0, "learning rate of the encoder, relative to that of the other parts")
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "sgd"):
-            raise ValueError(f"optim.name is adamw or sgd, not {self.name!r}")
-        if self.schedule not in ("cosine", "poly", "constant"):
-            raise ValueError(f"optim.schedule is cosine, poly or constant, not {self.schedule!r}")
+        check_choice("optim.name", self.name, ("adamw", "sgd"))
+        check_choice("optim.schedule", self.schedule, ("cosine", "poly", "constant"))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
-            raise ValueError(
-                f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}: all three must be in [0, 1)"
-            )
+            given = f"optim.betas={list(self.betas)}, optim.momentum={self.momentum}"
+            raise ValueError(f"{given}: all three must be in [0, 1)")
         if self.warmup < 0 or (self.warmup >= 1 and self.warmup % 1):
             raise ValueError(f"optim.warmup={self.warmup:g}: give whole steps, or a fraction of the run below 1")
         if self.freeze_until < 0 or (self.freeze_until and not self.freeze):
-            raise ValueError(
-                f"optim.freeze_until={self.freeze_until}: give a step, and in optim.freeze what is frozen until"
-            )
+            given = f"optim.freeze_until={self.freeze_until}"
+            raise ValueError(f"{given}: give a step, and in optim.freeze what is frozen until")
         if not 0 < self.encoder_lr <= 1:
-            raise ValueError(
-                f"optim.encoder_lr={self.encoder_lr}: must be in (0, 1]; 0 would be optim.freeze=[encoder]"
-            )
+            given = f"optim.encoder_lr={self.encoder_lr}"
+            raise ValueError(f"{given}: must be in (0, 1]; 0 would be optim.freeze=[encoder]")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay={self.layer_decay}: must be in (0, 1]")
-        for name in ("lr", "weight_decay", "warmup_lr", "final_lr"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"optim.{name}={getattr(self, name)}: must be 0 or more")
+        _check_finite(self, "optim", ("lr", "weight_decay", "warmup_lr", "final_lr"))
         if self.reference_batch is not None and self.reference_batch < 1:
             raise ValueError(f"optim.reference_batch={self.reference_batch}: must be 1 or more")
 
@@ -215,9 +207,7 @@ class AugmentSettings:
                 raise ValueError(f"augment.{name}_probability={probability}: a probability must be from 0 to 1")
         if not 0 <= self.modality_dropout < 1:
             raise ValueError(f"augment.modality_dropout={self.modality_dropout}: give 0 or more, and less than 1")
-        for name in ("rotation", "deform", "noise", "brightness", "bias_field"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"augment.{name}={getattr(self, name)}: give 0 or more")
+        _check_finite(self, "augment", ("rotation", "deform", "noise", "brightness", "bias_field"))
 
 
 @dataclass

@@ -43,9 +43,9 @@ from asa.restoration.rat import rat_tiny
 from asa.restoration.restormer import restormer_tiny
 from asa.settings import PredictSettings
 from asa.training.device import PRECISIONS, on_device
-from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import EMA
 from asa.training.run_log import SilentLog
+from asa.training.steps import NonFiniteGuard
 
 SIZE = 64  # edge of the volumes
 VOLUME: dict[str, Any] = dict(img_size=SIZE)

@@ -23,8 +23,8 @@ from asa.config import (
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.splits import make_split
 from asa.settings import OptimSettings, TrainSettings
+from asa.tasks.base import find_task
 from asa.tasks.checks import check
-from asa.tasks.run import find_task
 
 EXPERIMENTS = {
     "asa_paper_prepare": "prepare",

@@ -168,7 +168,6 @@ def test_the_operations_on_tensors_are_those_that_the_architecture_names() -> No
         "position encodings": "position",
         "mirroring": "symmetry",
         "sequences of unequal length": "nested",
-        "sums over processes": "collectives",
     }
     assert set(row.split(", ")) == named.keys()
     modules = {path.stem for path in (ROOT / "asa" / "ops").glob("*.py")} - {"__init__", "labels"}

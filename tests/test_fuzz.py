@@ -34,7 +34,7 @@ from asa.data.store import Store
 from asa.evaluation.comparison import read_run
 from asa.evaluation.summary import CaseRow, cases_csv, summarise
 from asa.evaluation.tables import MEASURES, matched, numbers
-from asa.inference.asymmetry import TABLE as ASYMMETRY
+from asa.inference.anomaly import ASYMMETRY_TABLE as ASYMMETRY
 from asa.inference.preprocessing import check_metadata
 from asa.inference.whole_scans import TABLE as PREDICTIONS
 from asa.training.checkpoint import read_model

@@ -33,8 +33,9 @@ from asa.cli import COMMANDS, export, orient, predict, regions, simulate
 from asa.config import build
 from asa.data.datasets import folder as datasets_folder
 from asa.data.io.files import DIGESTS, LARGEST_YAML, open_unlinked, read_json, read_yaml, write_json, write_whole
+from asa.data.io.formats import PADDING
 from asa.data.io.lock import LOCK, locked
-from asa.data.io.nifti import PADDING, read_image, read_label, write_label
+from asa.data.io.nifti import read_image, read_label, write_label
 from asa.data.io.tables import csv_text, read_rows
 from asa.data.preprocessing.settings import PrepareSettings
 from asa.data.splits import read_split
@@ -44,7 +45,7 @@ from asa.inference.preprocessing import ScanPreprocessor, exported
 from asa.models.classifier import asa_regressor_tiny
 from asa.restoration.images import checked_window, read_picture, write_picture
 from asa.tasks.evaluation import compare_folders, evaluate_folder
-from asa.tasks.segmentation import SegmentationPredictor
+from asa.tasks.prediction import SegmentationPredictor
 from asa.tasks.studies import _predict_fold
 from asa.tasks.volumes import choose_split
 from asa.training.checkpoint import FORMAT, DamagedCheckpoint, load_model, read_model, read_weights, save_checkpoint

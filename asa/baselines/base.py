@@ -13,10 +13,7 @@ from asa.models.kernels import in_float32
 
 @dataclass(frozen=True)
 class Window:
-    """In the place of an encoder: the volume size in voxels and the channels of a network without one to load.
-
-    It has no weights: nothing is transferred to such a network, and no features are read from it.
-    """
+    """In the place of an encoder of weights: the volume size in voxels and the channels of the network."""
 
     img_size: tuple[int, int, int]
     in_channels: int
@@ -26,10 +23,7 @@ class Window:
 
 
 class Comparator(nn.Module):
-    """A published network for windows of one size.
-
-    On a CPU it computes in float32: some bfloat16 convolutions of small feature maps are wrong there (see
-    `asa.models.kernels`).
+    """A published network for windows of one size; on a CPU it computes in float32 (see `asa.models.kernels`).
 
     Args:
         network: maps what the encoder returns to logits `(B, K, D, H, W)`, or to a list of them from the finest
@@ -45,14 +39,7 @@ class Comparator(nn.Module):
         self.network, self.encoder, self.out_channels = network, encoder, out_channels
 
     def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
-        """Segment a volume `(B, C, D, H, W)`.
-
-        Returns:
-            Logits `(B, K, D, H, W)`, with `deep_supervision` those of all resolutions, from the finest to the coarsest.
-
-        Raises:
-            ValueError: a volume of another size or with other channels.
-        """
+        """Volume `(B, C, D, H, W)` -> logits `(B, K, D, H, W)`; with `deep_supervision` of all resolutions."""
         expected = (self.encoder.in_channels, *self.encoder.img_size)
         if tuple(volume.shape[1:]) != expected:
             raise ValueError(f"this network takes volumes of shape (batch, *{expected}), got {tuple(volume.shape)}")

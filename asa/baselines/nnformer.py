@@ -29,12 +29,9 @@ DROP_PATH = 0.2  # of the last block of encoder and decoder; it grows linearly f
 
 
 class Level(nn.Module):
-    """Two transformer blocks, the second with shifted windows; MONAI's, on a grid whose sizes it knows.
+    """Two transformer blocks of MONAI, the second with shifted windows, with a drop probability each.
 
-    Args:
-        window: edge of the windows; along a shorter axis there is one window.
-        drops: of each block, for stochastic depth.
-        crossed: the first block attends to other features, see `SkipBlock`.
+    Along an axis that is shorter than `window` there is one window. If `crossed`, the first block is a `SkipBlock`.
     """
 
     def __init__(
@@ -46,11 +43,9 @@ class Level(nn.Module):
         padded = [-(-n // w) * w for n, w in zip(grid, self.window, strict=True)]  # as the blocks do
         mask = compute_mask(padded, self.window, self.shift, None) if any(self.shift) else None
         self.register_buffer("mask", mask, persistent=False)
-        kinds = (SkipBlock if crossed else SwinTransformerBlock, SwinTransformerBlock)
-        self.blocks = nn.ModuleList(
-            kind(width, heads, self.window, shift, drop_path=drop)
-            for kind, shift, drop in zip(kinds, ((0, 0, 0), self.shift), drops, strict=True)
-        )
+        first = SkipBlock if crossed else SwinTransformerBlock
+        self.blocks = nn.ModuleList([first(width, heads, self.window, (0, 0, 0), drop_path=drops[0])])
+        self.blocks.append(SwinTransformerBlock(width, heads, self.window, self.shift, drop_path=drops[1]))
 
     def forward(self, features: Tensor, skip: Tensor | None = None) -> Tensor:
         """`(B, E, G0, G1, G2)` -> the same; with `skip` of this shape, the first block attends to that."""
@@ -103,10 +98,7 @@ class SkipBlock(nn.Module):
 
 
 class NNFormer(nn.Module):
-    """Convolutional embedding, levels of window attention with strided convolutions, and the same way back.
-
-    `width` is E of the finest level; `heads` has the attention heads of each level.
-    """
+    """Convolutional embedding, levels of window attention with strided convolutions, and the same way back."""
 
     def __init__(
         self,

@@ -30,15 +30,8 @@ def from_nnssl(weights: Mapping[str, Tensor], plan: Mapping[str, Any]) -> Source
     """The encoder in a checkpoint of nnssl, under this project's names.
 
     Learnt positions (1, L, E) become (E, T, H, W), on the grid of the volume size that the plan names, or on a cube.
-    The package registers each convolution and norm twice; the second name is left out.
-
-    Args:
-        weights: `network_weights`.
-        plan: `nnssl_adaptation_plan`.
-
-    Raises:
-        ValueError: the plan does not name the encoder and its stem, no tensor has these names, or positions without a
-            known grid.
+    The package registers each convolution and norm twice; the second name is left out. A ValueError if the plan does
+    not name the encoder and its stem, or the grid of the positions, or no tensor has these names.
     """
     stem, encoder = (plan.get(key) for key in ("key_to_stem", "key_to_encoder"))
     if not isinstance(stem, str) or not isinstance(encoder, str):

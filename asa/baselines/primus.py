@@ -74,17 +74,11 @@ class Block(nn.Module):
 
 
 class PrimusEncoder(nn.Module):
-    """Patches to tokens, learnt and rotary positions, and `depth` transformer blocks.
-
-    The width of a head is a multiple of 6, as a third of it is rotated by each coordinate.
-
-    Raises:
-        ValueError: a size that is not a whole number of patches.
-    """
+    """Patches to tokens, learnt and rotary positions, and `depth` transformer blocks."""
 
     def __init__(self, img_size: int | Sequence[int], in_channels: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        assert width % (6 * heads) == 0
+        assert width % (6 * heads) == 0  # a third of a head's width is rotated by each coordinate, in pairs
         self.img_size, self.in_channels = triple(img_size), in_channels
         self.grid = grid_size(self.img_size, PATCH)
         self.head_width = width // heads
@@ -113,10 +107,7 @@ class PrimusEncoder(nn.Module):
         return 0 if name.startswith("norm.") else len(self.blocks) + 1
 
     def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
-        """A checkpoint's tensor for these channels and this grid, and what was changed.
-
-        Learnt positions (E, T, H, W) are interpolated trilinearly; for channels see `other_channels`.
-        """
+        """A checkpoint's tensor for these channels (see `other_channels`) and this grid, and what was changed."""
         if name == "patch_embed.weight":
             return other_channels(tensor, self.in_channels)
         if name == "pos_embed" and tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1:] != self.grid:
@@ -184,8 +175,8 @@ def primus_m(
             nn.init.kaiming_normal_(module.weight, a=0.01)
         if isinstance(module, nn.Linear | nn.Conv3d | nn.ConvTranspose3d) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    blocks = [module for module in encoder.modules() if isinstance(module, Block)]
-    for number, block in enumerate(blocks, start=1):  # as in BEiT
+    for number, block in enumerate(encoder.blocks, start=1):  # as in BEiT
+        assert isinstance(block, Block)
         for linear in (block.attn.proj, block.mlp.fc2):
             linear.weight.data.div_(math.sqrt(2 * number))
     return model

@@ -1,7 +1,6 @@
 """Puzzles of the pieces of a volume: an SW-ViT encodes each piece by itself, a small head answers from all of them.
 
-Letters: P pieces `B P C d h w` of a volume, L tokens of a piece in raster order, token width E, K answers, patch size
-s.
+Letters: P pieces `B P C d h w` of a volume, L tokens of a piece, token width E, K answers, patch size s.
 """
 
 from typing import Any
@@ -14,14 +13,10 @@ from asa.ops.patches import patchify
 
 
 class PuzzleNet(nn.Module):
-    """Logits of the answers from the mean token of each piece.
+    """Logits of two answers or more, from the mean token of each piece.
 
-    The pieces are encoded independently of each other with the same weights, as in Taleb et al., NeurIPS 2020.
-
-    The encoder's `img_size` is that of the whole volume.
-
-    Raises:
-        ValueError: no piece, less than two answers, or an encoder with mirrored patches.
+    The pieces are encoded independently of each other with the same weights, as in Taleb et al. The encoder's
+    `img_size` is that of the whole volume; it has no mirrored patches.
     """
 
     def __init__(self, encoder: SWViT, pieces: int, answers: int) -> None:
@@ -43,8 +38,8 @@ class PuzzleNet(nn.Module):
 
         Args:
             pieces: `(B, P, C, d, h, w)`, sizes divisible by s.
-            indices: int64 `(B, L)`, the tokens of the whole volume whose position encodings the tokens of each piece
-                get, the same for all pieces of a sample.
+            indices: int64 `(B, L)`, the tokens of the whole volume whose position encodings the tokens of each piece,
+                in raster order, get; the same for all pieces of a sample.
         """
         if pieces.ndim != 6 or pieces.shape[1] != self.pieces:
             raise ValueError(f"this network takes {self.pieces} pieces of each volume, got {tuple(pieces.shape)}")

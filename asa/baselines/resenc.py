@@ -46,26 +46,20 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualEncoder(nn.Module):
-    """The encoder: a stem, and a stage of residual blocks at each level, of `widths` F_l.
-
-    Raises:
-        ValueError: a size that cannot be halved as often, or one voxel at the last level, which has no variance.
-    """
+    """The encoder: a stem, and a stage of residual blocks at each level, of `widths` F_l."""
 
     def __init__(
         self, img_size: int | Sequence[int], in_channels: int, widths: Sequence[int], blocks: Sequence[int]
     ) -> None:
         super().__init__()
         self.img_size, self.in_channels, self.widths = triple(img_size), in_channels, list(widths)
-        stride = 2 ** (len(widths) - 1)
-        grid_size(self.img_size, stride, several=True)  # checks the size
+        grid_size(self.img_size, 2 ** (len(widths) - 1), several=True)  # checks it: one last voxel has no variance
         self.stem = ConvNorm(in_channels, widths[0])
         self.stages = nn.ModuleList()
         for level, (before, after) in enumerate(pairwise([widths[0], *widths])):
             first = ResidualBlock(before, after, stride=1 if level == 0 else 2)
-            self.stages.append(
-                nn.Sequential(first, *(ResidualBlock(after, after, 1) for _ in range(blocks[level] - 1)))
-            )
+            others = (ResidualBlock(after, after, 1) for _ in range(blocks[level] - 1))
+            self.stages.append(nn.Sequential(first, *others))
 
     def forward(self, volume: Tensor) -> list[Tensor]:
         """The feature maps of all levels, from the finest, of a volume `(B, C, D, H, W)`."""

@@ -22,21 +22,18 @@ BLOCKS = (1, 2, 2, 4)  # residual blocks at each resolution of the encoder
 
 
 class TransBTS(nn.Module):
-    """Residual encoder, transformer on its deepest features, and a decoder with the encoder's features.
-
-    `width` is that of the features F at full resolution, `hidden` that of the transformer's MLPs.
-    """
+    """Residual encoder, transformer on its deepest features, and a decoder with the encoder's features."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         grid: tuple[int, int, int],
-        width: int = 16,
+        width: int = 16,  # F, at full resolution
         embed_dim: int = 512,
         depth: int = 4,
         heads: int = 8,
-        hidden: int = 4096,
+        hidden: int = 4096,  # width of the MLPs
     ) -> None:
         super().__init__()
         self.grid = grid

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from asa.config import as_overrides, at_home, build, compose, flatten
-from asa.data.datasets.recognise import recognise
+from asa.data.datasets.folder import recognise
 from asa.data.io.files import read_json, read_yaml, write_json, write_whole
 from asa.data.io.lock import locked
 from asa.data.store import MANIFEST, Store
@@ -55,7 +55,6 @@ class Stage(NamedTuple):
     settings: Mapping[str, Any]
 
     def overrides(self) -> list[str]:
-        """The settings, `key=value`."""
         return as_overrides(self.command, self.settings)
 
     def typed(self) -> str:
@@ -63,7 +62,6 @@ class Stage(NamedTuple):
         return " ".join(map(_quoted, [f"asa-{self.command}", *self.overrides()]))
 
     def composed(self) -> Config:
-        """The command's configuration; a ValueError for an unknown key."""
         return compose(self.command, self.overrides())
 
 
@@ -103,12 +101,11 @@ def read_study(file: Path) -> list[Stage]:
 
 
 def plan_stages(config: Config) -> list[Stage]:
-    """The stages of a study of some folders.
+    """The stages of a study of some folders; a ValueError for scans without labels, or in no known layout.
 
     Labelled scans of several subjects are divided into folds: a network from the pretrained encoder and one from
     scratch are trained for each, and compared on the scans that they were not trained on; where the extra `atlas` is
-    installed, also with the registration of a few labelled scans to the others. One subject alone gives a network,
-    which nothing can be said about. A ValueError for scans without labels, or in no known layout (`recognise`).
+    installed, also with the registration of a few labelled scans to the others.
     """
     added = {command: _added(config, command) for command in OWN}
     shared = {"prepare.strip": config["strip"], "prepare.midway": True, "prepare.spacing": 1, "check": "also"}
@@ -235,11 +232,10 @@ def _check_labels(stage: Stage, records: Sequence[Mapping[str, Any]]) -> None:
 def _run(stages: Sequence[Stage]) -> None:
     """Run what is not done, in the study's folder, and write the page after each stage.
 
-    The file of what is done has a row for each stage that was begun. A stage that is run with other settings keeps its
-    row of `before` until it is through; then those that its results go into, by the paths in their settings, are stale:
-    a training must not go on from them.
+    `DONE` has a row for each stage that was begun. One that is run with other settings keeps its row of `before` until
+    it is through; then those that its results go into are stale: a training must not go on from them.
     """
-    from asa.reporting.study import write_study
+    from asa.reporting.pages import write_study
     from asa.tasks.run import call
 
     rows: dict[str, dict[str, Any]] = {}
@@ -255,10 +251,9 @@ def _run(stages: Sequence[Stage]) -> None:
             print(f"{stage.name}: done before")
         else:
             if stale and stage.command in TRAININGS and any(Path(str(stage.settings["out"])).glob("**/config.yaml")):
-                raise ValueError(
-                    f"stage {stage.name}: {stage.settings['out']} was trained from results that have changed since: "
-                    f"remove it, or give the stage another out= in {STUDY}"
-                )
+                trained = f"{stage.settings['out']} was trained from results that have changed since"
+                advice = f"remove it, or give the stage another out= in {STUDY}"
+                raise ValueError(f"stage {stage.name}: {trained}: {advice}")
             rows[stage.name] = row | ({"before": before} if before else {})
             write_json(Path(DONE), [*rows.values()])
             print(f"{stage.name}: {stage.typed()}", flush=True)
@@ -273,9 +268,8 @@ def _run(stages: Sequence[Stage]) -> None:
                 _mark_stale(rows, stages[number:])
             rows[stage.name] = row | {"seconds": round(time.monotonic() - begun), "finished": today}
         write_json(Path(DONE), [*rows.values()])
-        shown = [
-            rows[each.name] | {"out": str(each.settings["out"]), "typed": each.typed()} for each in stages[: number + 1]
-        ]
+        done = stages[: number + 1]
+        shown = [rows[each.name] | {"out": str(each.settings["out"]), "typed": each.typed()} for each in done]
         write_study(Path(PAGE), shown, [each.name for each in stages[number + 1 :]])
 
 

@@ -23,7 +23,7 @@ SPACING_TOLERANCE = 0.1  # relative difference of two modalities' voxel sizes, a
 class JoinedRecords(Records):
     """Entries of several stores, whose `spans` are the number of a store and the index there.
 
-    Their `ids` are those of the joined stores, while an entry has that of its own store.
+    `ids` are those of the joined stores, while an entry has that of its own.
     """
 
     parts: Sequence[Records] = ()
@@ -58,8 +58,8 @@ class JoinedStores(Store):
         for store in found.values():
             _check_fits(store, first)
         self.modalities = found if len(found) > 1 else {}
-        # In a store with labels the ignored voxels lack a label, and not their image.
         self.labels = {}
+        # In a store with labels the ignored voxels lack a label, and not their image.
         self.ignored = sorted({value for store in stores if not store.labels for value in store.ignored})
         self._stores: dict[str, Store] = {}
         places = []
@@ -78,11 +78,9 @@ class JoinedStores(Store):
         self.records = JoinedRecords(file, list(ids), list(subjects), np.array(spans), (), parts=parts)
 
     def record(self, id: str) -> dict[str, Any]:
-        """The entry of one scan, as of its own store."""
         return self._stores[id].record(_own(id))
 
     def image(self, id: str) -> np.ndarray:
-        """Memory-mapped image `(C, D, H, W)` float16."""
         return self._stores[id].image(_own(id))
 
     def label(self, id: str) -> np.ndarray | None:
@@ -97,7 +95,7 @@ def open_stores(paths: Sequence[str | Path]) -> Store:
 
 
 def records_by_modality(store: Store, records: Any) -> dict[str, Records]:
-    """The records, or some of them, of each of a store's `modalities`, not read; {} where it has none."""
+    """The records, or some of them, of each of a store's `modalities`; {} where it has none."""
     found: dict[str, list[int]] = {modality: [] for modality in store.modalities}
     for k, id in enumerate(records.ids if found else ()):
         found[id.rpartition("/")[0]].append(k)

@@ -1,8 +1,15 @@
-"""Splits of a cohort into train, validation and test by subject: all scans of a subject are in one part."""
+"""Splits of a cohort into train, validation and test by subject, and leakage: held-out subjects in a pretraining.
+
+All scans of a subject are in one part. A checkpoint carries digests of its training scans and subjects, without any
+name. A scan is identified by the digests of its voxels in the store (see `asa.data.io.nifti.identity_of`): it is found
+under another id and in another store, but not after resampling. A subject is identified by a digest of its name. That
+keeps names out of shared weights, but names can be guessed and confirmed.
+"""
 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +18,10 @@ from asa.data.store import Records
 from asa.errors import listed
 
 PARTS = ("train", "validation", "test")
+DIGESTED = ("scans", "subjects")
 
 AnyRecord = TypeVar("AnyRecord", bound=Mapping[str, Any])
+TrainingDigests = dict[str, list[str]]
 
 
 def make_split(
@@ -33,7 +42,6 @@ def make_split(
     subsets for experiments with few labels.
 
     Args:
-        records: records of a cohort or of a store.
         validation, test: an int is a number of subjects, a float in [0, 1) a fraction of them (at least one subject if
             above 0). `ratio` replaces both; `folds` and `site` replace `test`, and a fraction for validation is then
             one of the subjects that are not tested.
@@ -41,7 +49,6 @@ def make_split(
         folds, fold: number of folds, and which of them (from 0) to test on. Folds are disjoint, cover the cohort, and
             differ in size by at most one subject.
         site: test on the subjects of this site.
-        seed: random seed.
 
     Returns:
         Lists of subjects under "train", "validation" and "test".
@@ -67,11 +74,7 @@ def make_split(
 
 
 def make_joint_split(groups: Iterable[Sequence[Mapping[str, Any]]], **options: Any) -> dict[str, list[str]]:
-    """One split of several cohorts, like scans of several modalities, of which each is divided by `make_split`.
-
-    So every part has subjects of each. A subject of several cohorts is tested if it is in any of them, or else
-    validated; the order is that of `make_split`.
-    """
+    """One split of cohorts, each divided by `make_split`: a subject is tested if it is in any of them, or validated."""
     part_of: dict[str, str] = {}
     for records in groups:
         for name, subjects in make_split(records, **options).items():
@@ -99,11 +102,7 @@ def _parts(order: Sequence[str], validation: int | float, tested: Iterable[str])
             f"split: {len(order)} subjects cannot give {count} for validation and {len(held_out)} for test "
             "and leave one for training; ask for fewer"
         )
-    return {
-        "train": rest[count:],
-        "validation": rest[:count],
-        "test": [subject for subject in order if subject in held_out],
-    }
+    return {"train": rest[count:], "validation": rest[:count], "test": [one for one in order if one in held_out]}
 
 
 def _count(size: int | float, total: int, part: str) -> int:
@@ -142,8 +141,8 @@ def _fold(order: Sequence[str], folds: int, fold: int) -> Sequence[str]:
 def _from_site(records: Iterable[Mapping[str, Any]], order: Sequence[str], site: str) -> list[str]:
     sites: dict[str, str] = {}
     for record in records:
-        subject, own = str(record["subject"]), str(record.get("site") or "")
-        if not own:
+        subject = str(record["subject"])
+        if not (own := str(record.get("site") or "")):
             raise ValueError(
                 f"split: site={site} needs the site of every scan, and {record['id']} has none; split in another way, "
                 "or prepare the cohort with sites (data=wmh, participants.tsv, a table's column site)"
@@ -161,10 +160,8 @@ def _from_site(records: Iterable[Mapping[str, Any]], order: Sequence[str], site:
 def keep_labelled(split: Mapping[str, Sequence[str]], labelled: int | float) -> dict[str, list[str]]:
     """The split with the first subjects of its training part only; subsets of different sizes are nested.
 
-    `labelled`: an int is a number of subjects, a float in (0, 1] a fraction of the training part (at least one).
-
-    Raises:
-        ValueError: no subject, or more than the training part has.
+    `labelled`: an int is a number of subjects, a float in (0, 1] a fraction of the training part (at least one). A
+    ValueError for none, or more than there are.
     """
     total = len(split["train"])
     if isinstance(labelled, float) and 0 < labelled <= 1:
@@ -190,12 +187,9 @@ def read_split(
     """Read a split of subjects, or one of the folds of nnU-Net's splits_final.json, whose "val" is tested here.
 
     Args:
-        path: JSON file.
+        path: JSON file; a part that it leaves out is empty.
         fold: number of the fold, from 0, of a file with several.
         records: scans whose ids are the cases of a fold, which has their subjects then.
-
-    Returns:
-        Lists of subjects under "train", "validation" and "test"; a part that the file leaves out is empty.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -235,18 +229,69 @@ def _checked_split(split: Any, path: Path) -> dict[str, list[str]]:
                 where = f"in {part_of[text]} and in {name}" if part_of[text] != name else f"twice in {name}"
                 raise ValueError(f"{path}: subject {text} is {where}; list it once")
             part_of[text] = name
-    return {name: [str(subject) for subject in split.get(name, ())] for name in PARTS}
+    return {name: [subject for subject in part_of if part_of[subject] == name] for name in PARTS}
 
 
 def select(records: Sequence[AnyRecord], subjects: Iterable[str]) -> Sequence[AnyRecord]:
     """Records of the given subjects, in their order; those of a store are not read. A ValueError if one has none."""
-    scans: dict[str, list[int]] = {}
+    scans, subjects = dict[str, list[int]](), list(subjects)
     for k, subject in enumerate(subjects_of(records)):
         scans.setdefault(subject, []).append(k)
-    subjects = list(subjects)
     if missing := [str(subject) for subject in subjects if subject not in scans]:
         shown = f"{len(missing)} of its subjects are not in the cohort ({listed(missing, 3)})"
         raise ValueError(f"split: {shown}; prepare them or correct the split")
     chosen = [k for subject in subjects for k in scans[subject]]
     taken: Any = records.take(chosen) if isinstance(records, Records) else [records[k] for k in chosen]
     return taken
+
+
+@dataclass(frozen=True)
+class LeakedSubject:
+    """A held-out subject of the part `part` that the network was trained on, found by its "scan" or its "name"."""
+
+    part: str
+    subject: str
+    match: str
+
+
+def training_digests(
+    records: Iterable[Mapping[str, Any]], previous: Mapping[str, Sequence[str]] | None = None
+) -> TrainingDigests:
+    """Digests of the training data, for a checkpoint, with those of the checkpoint that training started from.
+
+    Returns:
+        "scans": digests of the voxels, one per channel of a scan; "subjects": digests of the subjects' names; sorted.
+    """
+    scans, subjects = (set(previous[key]) if previous else set() for key in DIGESTED)
+    for record in records:
+        scans.update(record["identity"].values())
+        subjects.add(_name_digest(record["subject"]))
+    return {"scans": sorted(scans), "subjects": sorted(subjects)}
+
+
+def stored_digests(data: Mapping[str, Any]) -> TrainingDigests | None:
+    """The digests in the data description of a checkpoint; None where an older checkpoint has none."""
+    return {key: data[key] for key in DIGESTED} if all(key in data for key in DIGESTED) else None
+
+
+def find_leaks(
+    records: Iterable[Mapping[str, Any]], split: Mapping[str, Sequence[str]], digests: Mapping[str, Sequence[str]]
+) -> list[LeakedSubject]:
+    """Subjects of the validation and test parts of a split that a network was trained on, in its order.
+
+    All scans of a subject are checked, used or not. A subject that matches by name only may be another person.
+    """
+    scans, names = (set(digests[key]) for key in DIGESTED)
+    by_scan = {str(record["subject"]) for record in records if not scans.isdisjoint(record["identity"].values())}
+    leaks = []
+    for part in ("validation", "test"):
+        for subject in split[part]:
+            if subject in by_scan:
+                leaks.append(LeakedSubject(part, subject, "scan"))
+            elif _name_digest(subject) in names:
+                leaks.append(LeakedSubject(part, subject, "name"))
+    return leaks
+
+
+def _name_digest(subject: object) -> str:
+    return hashlib.sha256(str(subject).encode()).hexdigest()[:16]

@@ -51,8 +51,7 @@ class Store:
 
     Attributes:
         path: the folder that `prepare_cohort` wrote, absolute.
-        records: entries of the scans, sorted by id, with id, subject, site, sources, shape, chain, statistics; each
-            is read from the file when it is asked for.
+        records: entries of the scans, sorted by id, with id, subject, site, sources, shape, chain, ...; see `Records`.
         channels: names of the image channels, in stored order.
         labels: label value in the source files -> name, in the order of the values.
         ignored: label values of the source files that are stored as `asa.ops.labels.IGNORED`.
@@ -74,16 +73,13 @@ class Store:
         self.ignored: list[int] = manifest["ignored"]
         self.regions: dict[str, list[int]] = manifest["regions"]
         self.settings: dict[str, Any] = manifest["settings"]
+        self.modalities: dict[str, Store] = {}
+        self._compared: set[Path] = set()
         if not self.records:
             raise ValueError(f"{self.path}: the store holds no scans; run asa-prepare again to see why they failed")
         if (self.path / UNFINISHED).exists():
-            warnings.warn(
-                f"{self.path}: asa-prepare was stopped, or is still at work: {counted(len(self), 'scan')} so far; give "
-                "the same command again for the others",
-                stacklevel=2,
-            )
-        self.modalities: dict[str, Store] = {}
-        self._compared: set[Path] = set()
+            told = f"asa-prepare was stopped, or is still at work: {counted(len(self), 'scan')} so far"
+            warnings.warn(f"{self.path}: {told}; give the same command again for the others", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -101,17 +97,13 @@ class Store:
 
     def record(self, id: str) -> dict[str, Any]:
         """The entry of one scan; a ValueError where there is none, or none as `asa-prepare` writes it."""
-        index = self.records.find(id)
-        if index is None:
+        k = bisect_left(self.records.ids, id)
+        if self.records.ids[k : k + 1] != [id]:
             raise ValueError(f"{self.path}: no scan {id!r} in this store of {len(self)}; prepare it, or correct the id")
-        return self.records[index]
+        return self.records[k]
 
     def image(self, id: str) -> np.ndarray:
-        """Memory-mapped image (C, D, H, W) float16; reading a crop reads only its pages.
-
-        Raises:
-            ValueError: no such scan, or its array is missing or damaged.
-        """
+        """Memory-mapped image (C, D, H, W) float16; a ValueError for no such scan, or a missing or damaged array."""
         return self._array(id, "image")
 
     def label(self, id: str) -> np.ndarray | None:
@@ -124,19 +116,16 @@ class Store:
         return next(Path(sources[channel]["path"]) for channel in self.channels if channel in sources)
 
     def notes_on_labels(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
-        """A line about label files of these scans that have other bytes than when they were prepared; [] without any.
-
-        Scores are against the files, what is trained on is in the store.
-        """
+        """A line about label files of these scans, which scores are against, that have changed since asa-prepare."""
         labels = {record["id"]: record["sources"]["label"] for record in records}
         present = {id: label for id, label in labels.items() if os.path.isfile(label["path"])}
-        if changed := [id for id, label in present.items() if sha256_of(label["path"]) != label["sha256"]]:
-            was = "label map has" if len(changed) == 1 else "label maps have"
-            return [
-                f"warning: {len(changed)} {was} changed since asa-prepare ({listed(changed, 5)}): scores are against "
-                f"the new ones, and {self.path} holds the old ones: run asa-prepare again"
-            ]
-        return []
+        if not (changed := [id for id, label in present.items() if sha256_of(label["path"]) != label["sha256"]]):
+            return []
+        was = f"{counted(len(changed), 'label map')} {'has' if len(changed) == 1 else 'have'}"
+        return [
+            f"warning: {was} changed since asa-prepare ({listed(changed, 5)}): scores are against the new ones, and "
+            f"{self.path} holds the old ones: run asa-prepare again"
+        ]
 
     def verify(self) -> list[tuple[str, str]]:
         """(id, reason) for each array that is missing or whose SHA-256 is not that in its entry."""
@@ -152,8 +141,7 @@ class Store:
 
     def _array(self, id: str, kind: str) -> np.ndarray:
         record, path = self.record(id), array_path(self.path, id, kind)
-        array = open_array(self.path, record, kind)
-        if array is None:
+        if (array := open_array(self.path, record, kind)) is None:
             raise ValueError(f"{path}: missing or damaged; run asa-prepare again, which prepares only what is missing")
         if path not in self._compared:  # once in a process
             with path.open("rb") as file:
@@ -209,17 +197,14 @@ def _array_header(shape: tuple[int, ...], dtype: Any) -> tuple[bytes, int]:
 
 
 def read_box(volume: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """Copy a box out of an array, with zeros where it lies outside. Only the pages of the box are read.
+    """Copy a box of a `size` (D, H, W) out of an array `(C, D, H, W)`, with zeros where it lies outside.
 
-    Args:
-        volume: `(C, D, H, W)`, memory-mapped or not.
-        start: first voxel (D, H, W) of the box; may be negative.
-        size: (D, H, W) of the box.
+    `start`, its first voxel (D, H, W), may be negative. Of a memory map only the pages of the box are read.
     """
-    inner = [slice(max(a, 0), max(min(a + n, m), 0)) for a, n, m in zip(start, size, volume.shape[1:], strict=True)]
+    begin, end = np.asarray(start), np.add(start, size)
+    low, high = np.clip((begin, end), 0, volume.shape[1:])
     box = np.zeros((volume.shape[0], *size), dtype=volume.dtype)
-    outer = [slice(s.start - a, s.start - a + max(s.stop - s.start, 0)) for s, a in zip(inner, start, strict=True)]
-    box[:, *outer] = volume[:, *inner]
+    box[:, *map(slice, low - begin, high - begin)] = volume[:, *map(slice, low, high)]
     return box
 
 
@@ -237,8 +222,8 @@ def write_array(root: Path, id: str, kind: str, array: np.ndarray) -> str:
 class Records(Sequence[Entry]):
     """Entries of the scans of a store, each read from its line and checked when it is asked for.
 
-    Only ids, subjects and the places of the lines are in memory, and only they go to worker processes. If the file
-    changes, as by `asa-prepare` when it adds scans, the entries of the same ids are read from the new one.
+    Only ids, subjects and the places of the lines are in memory, and go to worker processes. If the file changes, as by
+    `asa-prepare` when it adds scans, the entries of the same ids are read from the new one.
     """
 
     file: Path
@@ -275,13 +260,8 @@ class Records(Sequence[Entry]):
         ids, subjects = [self.ids[k] for k in chosen], [self.subjects[k] for k in chosen]
         return replace(self, ids=ids, subjects=subjects, spans=self.spans[chosen])
 
-    def find(self, id: str) -> int | None:
-        """Index of a scan among the entries of a whole store, which are sorted; None where it has no such scan."""
-        k = bisect_left(self.ids, id)
-        return k if k < len(self.ids) and self.ids[k] == id else None
-
     def lines(self) -> Iterator[bytes]:
-        """The entries as they were written, without line breaks."""
+        """The entries as written, without line breaks."""
         return (line for _, line in self._read_lines(range(len(self))))
 
     def _read(self, indices: Iterable[int]) -> Iterator[Entry]:
@@ -313,11 +293,7 @@ class Records(Sequence[Entry]):
 
 
 def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
-    """The manifest of a store, and the records of its scans.
-
-    Raises:
-        FileNotFoundError, ValueError: as of `read_records`; or no manifest, or one of another format.
-    """
+    """The manifest of a store, and the records of its scans; raises as `read_records`, or for another manifest."""
     file = root / MANIFEST
     manifest = read_json(file)
     found = manifest.get("format") if isinstance(manifest, dict) and manifest.keys() >= COMMON.keys() else None
@@ -329,16 +305,14 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], Records]:
 
 
 def read_records(file: Path) -> Records:
-    """The records of a file with a line per scan, sorted by id, of which only ids and subjects are read.
+    """The records of a file, sorted by id, of which only ids and subjects are read.
 
     Raises:
         FileNotFoundError, ValueError: no such file, a line that is no record, or an id that cannot be one.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, but a {MANIFEST}: restore it, or prepare into a new folder")
-    ids: list[str] = []
-    subjects: list[str] = []
-    sizes: list[int] = []
+    ids, subjects, sizes = list[str](), list[str](), list[int]()
     with file.open("rb", buffering=1 << 20) as lines:
         version = _version(lines)
         try:
@@ -409,7 +383,7 @@ def _not_ours(file: Path, what: str) -> str:
 
 
 def _wrong_common(manifest: Mapping[str, Any]) -> str:
-    """The first entry of a manifest with another content than `asa-prepare` writes, as it may be anybody's; or ""."""
+    """The first key of a manifest with another content than `asa-prepare` writes; else ""."""
     if wrong := [key for key, kind in COMMON.items() if not isinstance(manifest[key], kind)]:
         return wrong[0]
     labels, names = manifest["labels"], [*manifest["labels"].values(), *manifest["channels"]]

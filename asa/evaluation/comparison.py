@@ -1,9 +1,8 @@
 """Paired comparison of runs with the first of them, as JSON, plain text, Markdown and LaTeX."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from asa.evaluation.statistics import (
     RESAMPLES,
     detectable_difference,
     holm,
+    in_interval,
     interval_as_json,
     interval_kind,
     means_by_subject,
@@ -38,7 +38,17 @@ from asa.evaluation.statistics import (
     smallest_holm,
     wilcoxon_p,
 )
-from asa.evaluation.summary import Statistic, aligned, describe, number_text, several_cases, subjects_note
+from asa.evaluation.summary import (
+    Statistic,
+    aligned,
+    describe,
+    latex_tabular,
+    markdown_lines,
+    markdown_text,
+    number_text,
+    several_cases,
+    subjects_note,
+)
 from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
@@ -48,23 +58,16 @@ MIN_PAIRS = 6  # with fewer pairs, the p of a two-sided signed-rank test cannot 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation, read from its files.
-
-    Args:
-        setting: policy, labels, regions and ignored labels, or the data range of images; must be equal in all runs.
-        values: (case id, region) -> metric name -> value, NaN if undefined.
-        truths: (case id, region) -> identifies the truth, like "500 voxels"; must be equal in all runs.
-        files: case id -> paths of its "prediction", "truth" and "image", for figures; cases may be missing.
-        notes: what a reader of the scores has to know.
-    """
+    """One evaluation, read from its files; `setting` and `truths` have to be equal in all that are compared."""
 
     name: str
-    setting: dict[str, Any]
-    values: dict[tuple[str, str], dict[str, float]]
-    truths: dict[tuple[str, str], str]
+    setting: dict[str, Any]  # policy, labels, regions and ignored labels, or the data range of images
+    values: dict[tuple[str, str], dict[str, float]]  # (case id, region) -> metric name -> value, NaN if undefined
+    truths: dict[tuple[str, str], str]  # (case id, region) -> what identifies the truth, like "500 voxels"
+    # Case id -> paths of its "prediction", "truth" and "image", for figures; cases may be missing.
     files: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     subjects: Mapping[str, str] = field(default_factory=dict)  # case id -> subject, if one has several cases
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # what a reader of the scores has to know
 
     @property
     def case_ids(self) -> list[str]:
@@ -74,50 +77,32 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus the first one, over the cases, or subjects, in which both are defined; NaN if there are too few.
-
-    Args:
-        low, high: bootstrap interval of the mean.
-        detectable: smallest mean difference that these pairs could have shown, see `detectable_difference`; NaN below
-            `MIN_PAIRS` pairs, which cannot show any.
-        better, worse: number of cases in which the run is better or worse than the first.
-        p, p_holm: of Wilcoxon's signed-rank test, two-sided; and corrected for all tests of the comparison.
-        used, total: number of pairs and of cases.
-    """
+    """A run minus the first one, over the cases, or subjects, in which both are defined; NaN if there are too few."""
 
     mean: float
-    low: float
+    low: float  # end of the bootstrap interval of the mean
     high: float
-    detectable: float
-    better: int
+    detectable: float  # see `detectable_difference`; NaN below `MIN_PAIRS` pairs, which cannot show any
+    better: int  # number of cases in which the run is better than the first
     worse: int
-    p: float
-    p_holm: float
-    used: int
-    total: int
+    p: float  # of Wilcoxon's signed-rank test, two-sided
+    p_holm: float  # corrected for all tests of the comparison
+    used: int  # number of pairs
+    total: int  # and of cases
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results of a comparison.
-
-    Args:
-        runs: the evaluations; the others are compared with the first.
-        case_ids: the cases compared, in order.
-        left_out: cases that are missing in some run; they are not counted.
-        results: (metric name, region, run name) -> statistic over the cases.
-        differences: the same keys without those of the first run -> difference from the first run.
-        subjects: case id -> subject, if a run knows that one has several cases.
-    """
+    """Results of a comparison of runs with the first of them."""
 
     policy: PolicyInfo
     runs: tuple[Run, ...]
-    case_ids: tuple[str, ...]
-    left_out: tuple[str, ...]
+    case_ids: tuple[str, ...]  # the cases compared, in order
+    left_out: tuple[str, ...]  # cases that are missing in some run; they are not counted
     regions: tuple[str, ...]
-    results: dict[tuple[str, str, str], Statistic]
-    differences: dict[tuple[str, str, str], Difference]
-    subjects: Mapping[str, str]
+    results: dict[tuple[str, str, str], Statistic]  # (metric name, region, run name) -> statistic over the cases
+    differences: dict[tuple[str, str, str], Difference]  # from the first run, without keys of its own
+    subjects: Mapping[str, str]  # case id -> subject, if a run knows that one has several cases
 
     @property
     def metrics(self) -> list[MetricInfo]:
@@ -140,7 +125,7 @@ class Comparison:
 
     @property
     def smallest_p(self) -> float:
-        """The smallest corrected p that so many cases and tests could give, whatever the differences."""
+        """The smallest corrected p that so many cases and tests could give."""
         return smallest_holm([difference.used for difference in self.differences.values()])
 
     @property
@@ -149,7 +134,6 @@ class Comparison:
         return HEADINGS if self.smallest_p < ALPHA else HEADINGS[:-2]
 
     def as_json(self) -> dict[str, Any]:
-        """The comparison for a JSON file; undefined numbers are null."""
         return {
             "asa": __version__,
             "policy": self.policy.name,
@@ -175,9 +159,7 @@ class Comparison:
 def read_run(name: str, folder: Path) -> Run:
     """An evaluation of label maps or images from its folder.
 
-    Raises:
-        FileNotFoundError: no summary.json or cases.csv in it.
-        ValueError: files that have changed since, do not belong together, or are not of an evaluation.
+    A FileNotFoundError or ValueError for files that are missing, have changed since, or do not belong together.
     """
     for file in ("summary.json", "cases.csv"):
         _check_file(folder / file, "give folders of asa-evaluate, of label maps or of restored images")
@@ -234,29 +216,22 @@ def _run(name: str, folder: Path, summary: Any, rows: list[dict[str, str]]) -> R
 def compare_runs(runs: Sequence[Run], allow_missing: bool = False) -> Comparison:
     """Compare two or more runs with the first of them, case by case; with `allow_missing` in the cases that all have.
 
-    Raises:
-        ValueError: runs with different settings, cases or truths.
+    A ValueError for runs with different settings, cases or truths.
     """
     case_ids, left_out = _common_cases(runs, allow_missing)
     setting = runs[0].setting
     name, regions = setting["policy"], tuple(setting["regions"])
     policy = restoration_policy(setting["data range"]) if name == RESTORATION else get_policy(name)
-    empty = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {}, common_subjects(runs))
-    keys = list(product(empty.metrics, regions, runs))
-    results = {
-        (metric.name, region, run.name): describe(
-            empty.over_subjects([run.values[case, region][metric.name] for case in case_ids]).tolist(), metric.bounds
-        )
-        for metric, region, run in keys
-    }
-    others = [key for key in keys if key[-1] is not runs[0]]
-    pairs = [(*key, _by_subject(empty, paired_differences(empty, *key))) for key in others]
-    p = [wilcoxon_p(d[~np.isnan(d)]) if not np.isnan(d).all() else math.nan for *_, d in pairs]
-    differences = {
-        (metric.name, region, run.name): _difference(metric, paired, p=own, p_holm=corrected)
-        for (metric, region, run, paired), own, corrected in zip(pairs, p, holm(p), strict=True)
-    }
-    return replace(empty, results=results, differences=differences)
+    found = Comparison(policy, tuple(runs), case_ids, left_out, regions, {}, {}, common_subjects(runs))
+    for metric, region, run in product(found.metrics, regions, runs):
+        values = found.over_subjects([run.values[case, region][metric.name] for case in case_ids])
+        found.results[metric.name, region, run.name] = describe(values.tolist(), metric.bounds)
+    keys = list(product(found.metrics, regions, runs[1:]))
+    paired = [_by_subject(found, paired_differences(found, *key)) for key in keys]
+    p = [wilcoxon_p(d[~np.isnan(d)]) if not np.isnan(d).all() else math.nan for d in paired]
+    for (metric, region, run), own, own_p, p_holm in zip(keys, paired, p, holm(p), strict=True):
+        found.differences[metric.name, region, run.name] = _difference(metric, own, own_p, p_holm)
+    return found
 
 
 def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, run: Run) -> np.ndarray:
@@ -265,21 +240,21 @@ def paired_differences(comparison: Comparison, metric: MetricInfo, region: str, 
         np.array([each.values[case_id, region][metric.name] for case_id in comparison.case_ids])
         for each in (run, comparison.runs[0])
     )
-    largest = np.nanmax(np.abs([own, first]), initial=0)
-    return _without_noise(own - first, largest)
+    return _without_noise(own - first, [own, first])
 
 
 def _by_subject(comparison: Comparison, differences: np.ndarray) -> np.ndarray:
     """The differences of the cases, averaged by subject; those that cancel are 0."""
-    return _without_noise(comparison.over_subjects(differences.tolist()), np.nanmax(np.abs(differences), initial=0))
+    return _without_noise(comparison.over_subjects(differences.tolist()), differences)
 
 
-def _without_noise(differences: np.ndarray, largest: float) -> np.ndarray:
-    """Differences of values up to `largest`, rounded so that 0.3 - 0.2 ties with 0.2 - 0.1."""
+def _without_noise(differences: np.ndarray, values: Any) -> np.ndarray:
+    """Differences of values, rounded so that 0.3 - 0.2 ties with 0.2 - 0.1."""
+    largest = np.nanmax(np.abs(values), initial=0)
     return np.round(differences, 9 - math.ceil(math.log10(largest or 1.0)))
 
 
-def _difference(metric: MetricInfo, differences: np.ndarray, *, p: float, p_holm: float) -> Difference:
+def _difference(metric: MetricInfo, differences: np.ndarray, p: float, p_holm: float) -> Difference:
     found, used = describe(differences.tolist()), differences[~np.isnan(differences)]
     up, down = int(np.count_nonzero(used > 0)), int(np.count_nonzero(used < 0))
     better, worse = (up, down) if metric.higher_is_better else (down, up)
@@ -342,11 +317,12 @@ def verdicts(comparison: Comparison) -> list[str]:
 def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference: Statistic, unit: str = "case") -> str:
     """One of the `verdicts`, by the interval of the difference."""
     gain = (difference.low, difference.high) if metric.higher_is_better else (-difference.high, -difference.low)
-    words = f"{name} and {first}: no difference is shown"
     if math.isnan(gain[0]):
         words = f"{name} and {first}: too few {unit}s to tell"
     elif gain[0] > 0 or gain[1] < 0:
         words = f"{name} is {'ahead of' if gain[0] > 0 else 'behind'} {first}"
+    else:
+        words = f"{name} and {first}: no difference is shown"
     mean = f", mean of {regions} regions" if regions > 1 else ""
     numbers = mean_text(difference, metric.digits, "+").replace("(", f"({LEVEL * 100:g} % interval ")
     return f"{words}: {metric.heading} {numbers}{mean}, on {counted(difference.used, unit)}."
@@ -354,11 +330,8 @@ def verdict(name: str, first: str, metric: MetricInfo, regions: int, difference:
 
 def notes(comparison: Comparison) -> list[str]:
     """Notes for the reader of the tables, one or two sentences each."""
-    first, tests = comparison.runs[0].name, len(comparison.differences)
-    units, kind = (
-        f"{comparison.unit}s",
-        interval_kind(difference.used for difference in comparison.differences.values()),
-    )
+    first, tests, units = comparison.runs[0].name, len(comparison.differences), f"{comparison.unit}s"
+    kind = interval_kind(difference.used for difference in comparison.differences.values())
     text = [
         f"Policy {comparison.policy.name}. Differences are a run less {first}, case by case over the "
         f"{len(comparison.case_ids)} cases; pairs are the cases in which both are defined.",
@@ -393,56 +366,14 @@ def comparison_table(comparison: Comparison) -> str:
 def markdown_table(comparison: Comparison) -> str:
     """The comparison as a Markdown table with its notes; names in it cannot be HTML."""
     lines = markdown_lines([comparison.headings, *comparison_rows(comparison)], 3)
-    words = [map(_markdown, text) for text in (verdicts(comparison), notes(comparison))]
+    words = [map(markdown_text, text) for text in (verdicts(comparison), notes(comparison))]
     return "\n".join([*words[0], "", *lines, "", *words[1]]) + "\n"
-
-
-def markdown_lines(rows: Sequence[Sequence[str]], words: int) -> list[str]:
-    """Rows as the lines of a Markdown table; for the arguments see `latex_tabular`."""
-    escaped = [[_markdown(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
-    return lines
 
 
 def latex_table(comparison: Comparison) -> str:
     """The comparison as a LaTeX tabular with its notes."""
     rows = [comparison.headings, *comparison_rows(comparison)]
     return latex_tabular(rows, 3, [*verdicts(comparison), *notes(comparison)])
-
-
-def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
-    r"""Rows as a LaTeX tabular, which needs \usepackage{booktabs}; notes before it are comments.
-
-    The headings are the first row. There is a rule where the first cell changes. The first `words` columns are of
-    words, the others of numbers.
-    """
-    lines = [f"% {_one_line(note)}" for note in ("Needs \\usepackage{booktabs}.", *notes)]
-    lines += [f"\\begin{{tabular}}{{{'l' * words}{'r' * (len(rows[0]) - words)}}}", "\\toprule"]
-    first = ""
-    for row in rows:
-        if row is not rows[0] and row[0] != first:
-            lines.append("\\midrule")
-            first = row[0]
-        lines.append(" & ".join(_latex(cell) for cell in row) + r" \\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
-
-
-def _one_line(text: str) -> str:
-    """Names come from tables of others: a line break in one would end a comment or a row."""
-    return " ".join(text.split())
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _one_line(text))  # what begins a tag; p stays <0.001
-
-
-def _latex(text: str) -> str:
-    text = _one_line(text)
-    for character in "\\&%$#_{}":  # the backslash first
-        text = text.replace(character, "\\textbackslash " if character == "\\" else f"\\{character}")
-    text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
-    return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}").replace("<", "$<$")
 
 
 def comparison_rows(comparison: Comparison) -> Iterator[list[str]]:
@@ -469,7 +400,4 @@ def p_text(p: float) -> str:
 
 def mean_text(statistic: Statistic | Difference, digits: int, sign: str = "") -> str:
     """A mean with its interval as text for a table."""
-    if math.isnan(statistic.mean):
-        return "undefined"
-    mean, low, high = (f"{getattr(statistic, key):{sign}.{digits}f}" for key in ("mean", "low", "high"))
-    return mean if math.isnan(statistic.low) else f"{mean} ({low} to {high})"
+    return in_interval(statistic.mean, statistic.low, statistic.high, f"{sign}.{digits}f")

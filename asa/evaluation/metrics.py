@@ -1,16 +1,15 @@
-"""Overlap, volume and surface distance of two masks. Masks are bool `(x, y, z)` in the file's own axes.
+"""Overlap, volume, surface distance and lesions of two masks, bool `(x, y, z)` in the file's own axes.
 
-A metric is NaN where an empty mask leaves it undefined. The value that counts in that case is defined by the policy
-(`asa/evaluation/policies.py`).
+A metric is NaN where an empty mask leaves it undefined; the policy (asa/evaluation/policies.py) says what counts then.
 """
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import permutations, product
 
 import numpy as np
-from scipy.ndimage import binary_erosion, generate_binary_structure
+from scipy.ndimage import binary_dilation, binary_erosion, find_objects, generate_binary_structure, label
 from scipy.spatial import cKDTree
 
 from asa.data.preprocessing.resampling import bounding_box
@@ -43,16 +42,9 @@ def check_spacing(spacing: Spacing) -> np.ndarray:
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Dice coefficient 2|a and b| / (|a| + |b|).
+    """Dice coefficient 2|a and b| / (|a| + |b|) of bool `(x, y, z)`, in [0, 1]; NaN if both masks are empty.
 
-    Args:
-        a, b: bool `(x, y, z)`.
-
-    Returns:
-        A value in [0, 1]; NaN if both masks are empty (the policy defines what counts then).
-
-    Raises:
-        ValueError: masks that are not bool, not 3-D or not of one shape.
+    A ValueError for masks that are not bool, not 3-D or not of one shape.
     """
     check_masks(a, b)
     size = np.count_nonzero(a) + np.count_nonzero(b)
@@ -79,12 +71,9 @@ def volume_difference(prediction: np.ndarray, truth: np.ndarray) -> float:
 def surface_distances(
     a: np.ndarray, b: np.ndarray, spacing: Spacing, surface: Callable[[np.ndarray], np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Distances in mm from each surface element of `a` to the surface of `b`, and back.
+    """Distances in mm `(n,)` from each surface element of `a` to the surface of `b`, and back; [] if a mask is empty.
 
-    `surface` gives the array of a mask that is not 0 where there is a surface element.
-
-    Returns:
-        For both directions, the distances `(n,)` and the elements' values in the array `(n,)`; [] if a mask is empty.
+    `surface` gives the array of a mask that is not 0 where there is a surface element, whose values `(n,)` come along.
     """
     check_masks(a, b)
     size = check_spacing(spacing)
@@ -93,14 +82,11 @@ def surface_distances(
     box = bounding_box(a | b)
     elements = surface(a[box]), surface(b[box])
     places = [values != 0 for values in elements]
-    return [(nearest_distances(places[own], places[1 - own], size), elements[own][places[own]]) for own in (0, 1)]
+    return [(_nearest_distances(places[own], places[1 - own], size), elements[own][places[own]]) for own in (0, 1)]
 
 
-def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Distances in mm `(n,)` from the True voxels of `source`, in raster order, to the nearest one of `target`.
-
-    Both are bool `(x, y, z)`, and the target is not empty.
-    """
+def _nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Distances in mm `(n,)` from the True voxels of `source`, in raster order, to the nearest one of `target`."""
     # Where two segmentations agree, their surfaces coincide: most points need no search.
     points = np.argwhere(source)
     apart = ~target[source]
@@ -120,25 +106,14 @@ def nearest_distances(source: np.ndarray, target: np.ndarray, spacing: np.ndarra
 def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing, neighbours: np.ndarray = FACES) -> float:
     """95th percentile Hausdorff distance between the surfaces of two masks, in mm.
 
-    The surface of a mask is the set of its voxels that have at least one of six face neighbours outside the mask
-    (voxels beyond the image's edge are outside): the mask minus its erosion. Each surface voxel is a point at the
-    voxel's centre. HD95 is the 95th percentile (linear interpolation) of the Euclidean distances from the surface
-    points of one mask to the nearest surface point of the other; the larger value of the two directions. This is the
-    definition of MONAI's `compute_hausdorff_distance(percentile=95, spacing=...)`. The `surface-distance` package
-    places surface elements at voxel corners and weights them by area, and differs by up to about a voxel's diagonal:
-    see `hd95_by_area`.
+    The surface of a mask is the centres of its voxels of which a neighbour is outside the mask or the image: the mask
+    minus its erosion. HD95 is the 95th percentile (linear interpolation) of the distances from the surface of one mask
+    to the nearest point of the other; the larger of the two directions, as in MONAI's `compute_hausdorff_distance`.
+    The `surface-distance` package has surface elements at voxel corners, weighted by area: see `hd95_by_area`.
 
-    Args:
-        a, b: bool `(x, y, z)`.
-        spacing: voxel size in mm along the three array axes.
-        neighbours: of a voxel. `IN_SLICE`, eight within its slice (x, y), gives the outlines of lesions in each slice,
-            the definition of the WMH segmentation challenge of 2017.
-
-    Returns:
-        Distance in mm; NaN if either mask is empty (the policy defines what counts then).
-
-    Raises:
-        ValueError: masks that are not bool, not 3-D or not of one shape; a spacing that is not three lengths.
+    Neighbours share a face, or (`IN_SLICE`) are the eight in a slice (x, y), as in the WMH challenge of 2017. Masks are
+    bool `(x, y, z)`, with the voxel size in mm along these axes; NaN if one is empty. A ValueError as of `dice`, and
+    for a spacing that is not three lengths.
     """
     distances = _voxel_distances(a, b, spacing, neighbours)
     return max((float(np.percentile(one, 95)) for one in distances), default=UNDEFINED)
@@ -187,10 +162,7 @@ TRIANGLES: dict[tuple[int, ...], tuple[tuple[float, float, float], ...]] = {
 
 
 def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: float) -> float:
-    """Normalised surface Dice (NSD): the fraction of both surfaces, by area, within a tolerance in mm of the other.
-
-    Other arguments, NaN and errors are those of `hd95`.
-    """
+    """Normalised surface Dice (NSD): the fraction of both surfaces' area within a tolerance in mm; else as `hd95`."""
     sides = _distances_and_areas(a, b, spacing)
     if not sides:
         return UNDEFINED
@@ -199,10 +171,7 @@ def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Spacing, tolerance: floa
 
 
 def hd95_by_area(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> float:
-    """95th percentile Hausdorff distance in mm by area: 95 % of each surface lies within this distance of the other.
-
-    Arguments, NaN and errors are those of `surface_dice`.
-    """
+    """95th percentile Hausdorff distance in mm by area: 95 % of each surface lies within it; otherwise as `hd95`."""
     percentiles = []
     for distances, areas in _distances_and_areas(a, b, spacing):
         order = np.lexsort((areas, distances))
@@ -220,10 +189,7 @@ def _distances_and_areas(a: np.ndarray, b: np.ndarray, spacing: Spacing) -> list
 
 
 def _corner_codes(mask: np.ndarray) -> np.ndarray:
-    """A bit for each voxel inside, of the eight around each grid corner; one longer than the mask on each axis.
-
-    0 where all are inside, as where none is: there is no surface.
-    """
+    """A bit for each voxel inside, of the eight around each corner of the grid; 0 where there is no surface."""
     padded = np.pad(mask, 1).view(np.uint8)
     codes = np.zeros([side + 1 for side in mask.shape], dtype=np.uint8)
     for number, voxel in enumerate(product((0, 1), repeat=3)):
@@ -246,3 +212,77 @@ def surface_element_areas(x: float, y: float, z: float) -> np.ndarray:
                 code = sum(1 << int(number) for number in turned @ (4, 2, 1))
                 areas[[code, 255 - code]] = area
     return areas
+
+
+# ---- lesions: WMH 2017 ----
+
+CONNECTIVITY = generate_binary_structure(3, 3)  # of a lesion: across faces, edges and corners
+
+
+def lesion_recall(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Fraction of the true lesions that the prediction overlaps; 1 if there are none. Arguments as for `dice`."""
+    check_masks(prediction, truth)
+    lesions, count = label(truth, CONNECTIVITY)
+    return len(np.unique(lesions[prediction & truth])) / count if count else 1.0
+
+
+def lesion_f1(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """Harmonic mean of lesion recall and lesion precision, the fraction of predicted lesions that overlap a true one.
+
+    Recall is 1 without true lesions, precision is 1 without predicted ones. Arguments as for `dice`.
+    """
+    recall, precision = lesion_recall(prediction, truth), lesion_recall(truth, prediction)
+    return 2.0 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+# ---- lesions: BraTS 2023, adult glioma ----
+#
+# True lesions that meet after dilation are one lesion, and a predicted lesion that overlaps the dilated lesion belongs
+# to it.
+DILATIONS = 3
+DILATION = generate_binary_structure(3, 2)  # across faces and edges
+MIN_VOLUME_MM3 = 50.0  # true lesions of at most this volume are not scored
+UNMATCHED_MM = 374.0  # HD95 of a lesion without a partner
+
+
+def lesionwise_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
+    """Mean over lesions of the Dice coefficient of a true lesion and the predicted lesions that belong to it.
+
+    True lesions without a prediction and predicted lesions without a truth count as 0. True lesions of at most
+    50 mm3 are excluded. If no lesion is left, the mean is 1. Arguments as for `hd95`.
+    """
+    return float(np.mean(_lesion_scores(prediction, truth, spacing, dice, worst=0.0) or 1.0))
+
+
+def lesionwise_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Spacing) -> float:
+    """As `lesionwise_dice`, for HD95 by area in mm: 374 mm for a lesion without a partner, 0 if no lesion is left."""
+    hd95 = partial(hd95_by_area, spacing=spacing)
+    return float(np.mean(_lesion_scores(prediction, truth, spacing, hd95, worst=UNMATCHED_MM) or 0.0))
+
+
+def _lesion_scores(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Spacing,
+    score: Callable[[np.ndarray, np.ndarray], float],
+    worst: float,
+) -> list[float]:
+    """The score of each true lesion above the minimum volume, and the worst score for each unmatched predicted one."""
+    check_masks(prediction, truth)
+    lesions, _ = label(binary_dilation(truth, DILATION, DILATIONS), CONNECTIVITY)
+    lesions[~truth] = 0
+    predicted, count = label(prediction, CONNECTIVITY)
+    voxel = float(np.prod(check_spacing(spacing)))
+    unmatched, scores = set(range(1, count + 1)), []
+    boxes = find_objects(predicted)
+    for number, own in enumerate(find_objects(lesions), start=1):
+        around = tuple(slice(max(side.start - DILATIONS, 0), side.stop + DILATIONS) for side in own)
+        near = binary_dilation(lesions[around] == number, DILATION, DILATIONS)
+        matched = np.setdiff1d(predicted[around][near], [0])
+        unmatched -= set(matched.tolist())
+        if np.count_nonzero(lesions[own] == number) * voxel > MIN_VOLUME_MM3:
+            sides = zip(own, *(boxes[k - 1] for k in matched), strict=True)  # of the smallest box around all of them
+            box = tuple(slice(min(part.start for part in side), max(part.stop for part in side)) for side in sides)
+            pair = np.isin(predicted[box], matched), lesions[box] == number
+            scores.append(score(*pair) if len(matched) else worst)
+    return scores + [worst] * len(unmatched)

@@ -1,7 +1,6 @@
 """Policies: which metrics are computed on which regions, and the value of each metric where a mask is empty.
 
-Nothing is left to a library's default: a metric of a policy has a value for every combination of empty masks, or is
-undefined (NaN) there.
+Nothing is left to a library's default: for every combination of empty masks a metric has a value, or NaN (undefined).
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from asa.evaluation import lesions, metrics
+from asa.evaluation import metrics
 from asa.evaluation.metrics import UNDEFINED, Spacing
 from asa.evaluation.statistics import nullable
 
@@ -27,23 +26,15 @@ Mask = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """Metadata of a metric, for tables, figures and files. Unless told otherwise it is a score, of which 1 is best.
+    """Metadata of a metric, for tables, figures and files. Unless told otherwise it is a score, of which 1 is best."""
 
-    Args:
-        name: column in cases.csv and key in summary.json.
-        title: heading in tables and figures.
-        meaning: definition in one sentence.
-        digits: decimals in tables.
-        possible: range of possible values; None: 0 to 1 for scores, 0 or more for errors.
-    """
-
-    name: str
-    title: str
+    name: str  # column in cases.csv and key in summary.json
+    title: str  # heading in tables and figures
     unit: str = ""
-    meaning: str
-    digits: int = 3
+    meaning: str  # definition in one sentence
+    digits: int = 3  # decimals in tables
     higher_is_better: bool = True
-    possible: tuple[float, float] | None = None
+    possible: tuple[float, float] | None = None  # range of values; None: 0 to 1 for scores, 0 or more for errors
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -56,7 +47,6 @@ class MetricInfo:
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def as_json(self) -> dict[str, Any]:
-        """The metadata for a JSON file."""
         return {key: getattr(self, key) for key in ("name", "title", "unit", "meaning")}
 
 
@@ -77,27 +67,19 @@ class PolicyInfo:
         return []
 
     def as_json(self) -> dict[str, Any]:
-        """The policy for a JSON file."""
         metrics = [metric.as_json() for metric in self.metrics]
         return {"name": self.name, "description": self.description, "metrics": metrics}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(MetricInfo):
-    """A metric of two masks, with its value for each combination of empty masks; NaN means undefined.
+    """A metric of two masks, with its value if both masks are empty, or only one of them is; NaN means undefined."""
 
-    Args:
-        compute: `(prediction, truth, spacing)` -> value. Called only if neither mask is empty, unless there is an
-            `exception`.
-        both_empty, truth_empty, prediction_empty: values if both masks are empty, or only one of them is.
-        exception: an exception to these three values, in words; `compute` is then called for empty masks too.
-    """
-
-    compute: Callable[[Mask, Mask, Spacing], float]
+    compute: Callable[[Mask, Mask, Spacing], float]  # (prediction, truth, spacing) -> value
     both_empty: float = 1.0
     truth_empty: float = 0.0
     prediction_empty: float = 0.0
-    exception: str = ""
+    exception: str = ""  # to these three values, in words; `compute` is then called for empty masks too
 
     def __call__(self, prediction: Mask, truth: Mask, spacing: Spacing) -> float:
         """Value for two bool masks `(x, y, z)` and a spacing in mm; NaN if undefined."""
@@ -140,11 +122,7 @@ def joined_labels(labels: Mapping[int, str], joined: Mapping[str, Sequence[int]]
 
 
 def tumour_regions(labels: Mapping[int, str]) -> Regions:
-    """WT, TC and ET of the BraTS label values: 1 necrosis, 2 oedema, and enhancing tumour 4 (2021) or 3 (2023).
-
-    Raises:
-        ValueError: other label values.
-    """
+    """WT, TC and ET of the BraTS label values: 1 necrosis, 2 oedema, and enhancing tumour 4 (2021) or 3 (2023)."""
     if set(labels) not in ({1, 2, 4}, {1, 2, 3}):
         raise ValueError(
             f"this policy scores WT, TC and ET of the label values 1 2 4 or 1 2 3, and declared are {sorted(labels)}: "
@@ -156,16 +134,11 @@ def tumour_regions(labels: Mapping[int, str]) -> Regions:
 
 @dataclass(frozen=True)
 class Policy(PolicyInfo):
-    """A policy for label maps.
-
-    Args:
-        regions: declared labels -> the regions, name -> label values that it joins.
-        ignored: label values of the truth; their voxels are removed from the truth and the prediction.
-    """
+    """A policy for label maps."""
 
     metrics: tuple[Metric, ...]
-    regions: Callable[[Mapping[int, str]], Regions] = each_label
-    ignored: tuple[int, ...] = ()
+    regions: Callable[[Mapping[int, str]], Regions] = each_label  # of declared labels: name -> values that it joins
+    ignored: tuple[int, ...] = ()  # label values whose voxels are removed from the truth and the prediction
 
     def regions_of(self, labels: Mapping[int, str]) -> Regions:
         """The regions of declared labels, value -> name; a ValueError for none, a background 0, or two of a name."""
@@ -201,10 +174,6 @@ def _no_spacing(function: Callable[[Mask, Mask], float], prediction: Mask, truth
     return function(prediction, truth)
 
 
-def _hd95_in_voxels(prediction: Mask, truth: Mask, spacing: Spacing) -> float:
-    return metrics.hd95_pooled(prediction, truth, (1.0, 1.0, 1.0))
-
-
 DICE = Metric(
     name="dice",
     title="Dice",
@@ -230,7 +199,7 @@ HD95_VOXELS = replace(
     unit="voxels",
     meaning="95th percentile of the distances in voxels from the surface voxels of one mask to the "
     "nearest of the other, both directions together (as medpy).",
-    compute=_hd95_in_voxels,
+    compute=partial(_no_spacing, partial(metrics.hd95_pooled, spacing=(1.0, 1.0, 1.0))),
     truth_empty=373.12866,
     prediction_empty=373.12866,
 )
@@ -269,14 +238,14 @@ LESION_RECALL = Metric(
     name="lesion_recall",
     title="Lesion recall",
     meaning="share of the true lesions, connected in 3-D, that the prediction touches; 1 is perfect.",
-    compute=partial(_no_spacing, lesions.lesion_recall),
+    compute=partial(_no_spacing, metrics.lesion_recall),
     truth_empty=1.0,
 )
 LESION_F1 = Metric(
     name="lesion_f1",
     title="Lesion F1",
     meaning="harmonic mean of lesion recall and of the share of predicted lesions that touch a true one; 1 is perfect.",
-    compute=partial(_no_spacing, lesions.lesion_f1),
+    compute=partial(_no_spacing, metrics.lesion_f1),
 )
 _NO_LESION = "a truth without a lesion over 50 mm3 and without a false one counts as both empty"
 LESION_DICE = replace(
@@ -285,7 +254,7 @@ LESION_DICE = replace(
     title="Lesion Dice",
     meaning="mean over lesions of the Dice coefficient of a true lesion and the predicted ones that touch it; "
     "true lesions that meet when dilated by 3 voxels are one; those of at most 50 mm3 are left out; 1 is perfect.",
-    compute=lesions.lesionwise_dice,
+    compute=metrics.lesionwise_dice,
     exception=_NO_LESION,
 )
 LESION_HD95 = replace(
@@ -294,9 +263,9 @@ LESION_HD95 = replace(
     title="Lesion HD95",
     meaning="the same mean of the distance in mm within which 95 % of the area of each surface lies "
     "from the other, the larger of the two; 0 is perfect.",
-    compute=lesions.lesionwise_hd95,
-    truth_empty=lesions.UNMATCHED_MM,
-    prediction_empty=lesions.UNMATCHED_MM,
+    compute=metrics.lesionwise_hd95,
+    truth_empty=metrics.UNMATCHED_MM,
+    prediction_empty=metrics.UNMATCHED_MM,
     exception=_NO_LESION,
 )
 
@@ -347,7 +316,6 @@ POLICIES: dict[str, Policy] = {
     )
 }
 
-
 CLASSIFICATION = PolicyInfo(
     "classification",
     "Classes of whole scans. A scan's values are its shares in the AUC and in the balanced accuracy of all, so that "
@@ -375,11 +343,7 @@ def get_policy(name: str) -> Policy:
 
 
 def restoration_policy(window: Sequence[float] | None) -> PolicyInfo:
-    """PSNR, SSIM and RMSE of restored images.
-
-    Args:
-        window: (low, high) in the images' units, the data range; None: the files' whole range, as 0 to 1.
-    """
+    """PSNR, SSIM and RMSE of restored images in a data range, (low, high) in their units; None: all, as 0 to 1."""
     width = 1.0 if window is None else float(window[1]) - float(window[0])
     unit = "as a share of the data range" if window is None else "in the images' units"
     psnr = MetricInfo(

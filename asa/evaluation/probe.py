@@ -29,15 +29,10 @@ PENALTIES = np.logspace(-3, 6, 28)  # of the ridge regression, for standardised 
 
 @dataclass(frozen=True)
 class Probe:
-    """Scans that were predicted by folds that have not seen their subjects; all `(N,)`.
+    """Scans that were predicted by folds that have not seen their subjects; all `(N,)`."""
 
-    Args:
-        predicted: the number, or the name of the class.
-        truth: the number, or the class's index in the sorted names.
-    """
-
-    predicted: np.ndarray
-    truth: np.ndarray
+    predicted: np.ndarray  # the number, or the name of the class
+    truth: np.ndarray  # the number, or the class's index in the sorted names
     subjects: np.ndarray
 
     def only(self, chosen: np.ndarray) -> Self:
@@ -45,11 +40,10 @@ class Probe:
         return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
     def gap(self, chosen: np.ndarray) -> dict[str, float]:
-        """The score (error or AUC) of some scans, bool `(N,)`, less that of the others.
+        """The score (error or AUC) of some scans, bool `(N,)`, less that of the others, as "gap", "low" and "high".
 
-        Returns:
-            "gap", and "low" and "high", the ends of its 95 % interval over resampled subjects of each side; NaN where a
-            side cannot be scored, and no interval where one has fewer than two subjects.
+        The last two are the ends of the 95 % interval over resampled subjects of each side. NaN where a side cannot be
+        scored, and no interval where one has fewer than two subjects.
         """
 
         def less(rows: np.ndarray) -> dict[str, float]:
@@ -78,21 +72,14 @@ class NumberProbe(Probe):
     def scores(self) -> dict[str, float]:
         """Mean absolute error, that of guessing the mean, and R2, by name, with 95 % intervals over subjects."""
         found = score_numbers(self.predicted, self.truth, self.guessed, list(self.subjects))
-        return {
-            "mean_absolute_error": found.mae,
-            "low": found.mae_low,
-            "high": found.mae_high,
-            "of_the_mean": found.mean_predictor_mae,
-            "r2": found.r2,
-            "r2_low": found.r2_low,
-            "r2_high": found.r2_high,
-        }
+        error = {"mean_absolute_error": found.mae, "low": found.mae_low, "high": found.mae_high}
+        r2 = {"r2": found.r2, "r2_low": found.r2_low, "r2_high": found.r2_high}
+        return {**error, "of_the_mean": found.mean_predictor_mae, **r2}
 
     def score(self, rows: np.ndarray) -> float:
         return float(np.abs(self.predicted - self.truth)[rows].mean())
 
     def text(self) -> str:
-        """The scores in one line."""
         found = self.scores
         error = in_interval(found["mean_absolute_error"], found["low"], found["high"], ".3g")
         r2 = in_interval(found["r2"], found["r2_low"], found["r2_high"])
@@ -122,7 +109,6 @@ class ClassProbe(Probe):
         return mean_auc(self.values[rows], self.truth[rows])
 
     def text(self) -> str:
-        """The scores in one line."""
         found = self.scores
         accuracy = in_interval(found["balanced_accuracy"], found["accuracy_low"], found["accuracy_high"])
         return f"AUC {in_interval(found['auc'], found['low'], found['high'])}, balanced accuracy {accuracy}"
@@ -131,15 +117,9 @@ class ClassProbe(Probe):
 def probe_numbers(
     features: np.ndarray, values: Sequence[str], subjects: Sequence[str], folds: int, fit: Fit
 ) -> NumberProbe:
-    """Predict numbers from features `(N, E)`.
+    """Predict numbers from features `(N, E)` by `ridge` or `nearest`, in two folds or more; raises as `folds_of`.
 
-    Args:
-        values, subjects: of each scan, as text; those of one subject are in one fold.
-        folds: number of folds, from 2.
-        fit: `ridge` or `nearest`.
-
-    Raises:
-        ValueError: fewer subjects than folds.
+    Values and subjects are of each scan, as text; the scans of one subject are in one fold.
     """
     truth = np.array([float(value) for value in values])
     fold = folds_of(subjects, folds)
@@ -153,10 +133,7 @@ def probe_classes(
 ) -> ClassProbe:
     """Predict classes from features `(N, E)`: the largest of what is predicted of their indicators wins.
 
-    Arguments as for `probe_numbers`; `fit` may also be `logistic`.
-
-    Raises:
-        ValueError: fewer subjects than folds, or one class only.
+    Arguments and errors as of `probe_numbers`; `fit` may also be `logistic`. A ValueError for one class only.
     """
     names, truth = np.unique(values, return_inverse=True)
     if len(names) < 2:
@@ -171,10 +148,7 @@ def folds_of(subjects: Sequence[str], folds: int, classes: Sequence[str] | None 
     """The fold of each scan, int `(N,)`: subjects in the order of their hashes are dealt out in turn.
 
     With the scans' `classes` those of one class come after those of another, so that folds have nearly equal numbers
-    of each; the class of a subject is that of its first scan.
-
-    Raises:
-        ValueError: fewer than 2 folds, or fewer subjects than folds.
+    of each; the class of a subject is that of its first scan. A ValueError for too few folds or subjects.
     """
     first = dict(zip(reversed(subjects), reversed(classes or [""] * len(subjects)), strict=True))
     names = sorted(first, key=lambda name: (first[name], hashlib.sha256(name.encode()).hexdigest()))
@@ -231,8 +205,7 @@ def nearest(train: np.ndarray, targets: np.ndarray, subjects: np.ndarray, test: 
     counts = np.arange(1, max(1, min(MOST_NEIGHBOURS, len(train) - most)) + 1)
     search = _scikit_learn("neighbors").NearestNeighbors().fit(train)
 
-    def means(order: np.ndarray) -> np.ndarray:
-        """Mean targets (scans, counts, K) of the scans' neighbours (scans, counts)."""
+    def means(order: np.ndarray) -> np.ndarray:  # neighbours (scans, counts) -> mean targets (scans, counts, K)
         return np.asarray(np.cumsum(targets[order], axis=1) / counts[:, None])
 
     near = search.kneighbors(train, min(len(train), len(counts) + most), return_distance=False)

@@ -1,4 +1,4 @@
-"""Scores of classes and of numbers that were predicted of whole scans, with intervals over subjects.
+"""Scores of predicted classes, of numbers and of anomaly maps, with intervals over subjects.
 
 The AUC and the balanced accuracy are of a set of scans, but each scan has its share in them (`scan_scores`), so that
 runs can be averaged and compared scan by scan.
@@ -24,24 +24,16 @@ BINS = 15  # of confidence, for the calibration error
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Scores of the predicted classes of a set of scans.
-
-    Args:
-        auc: area under the ROC curve; for more than two classes the mean of one-versus-rest over the classes present.
-        auc_low, auc_high: its 95 % interval over resampled subjects; NaN with fewer than two subjects.
-        balanced_accuracy: mean recall over the classes present.
-        ece: expected calibration error: |accuracy - confidence| in 15 bins of confidence, weighted by their scans.
-        confusion: number of scans by true class (row) and predicted class (column).
-    """
+    """Scores of the predicted classes of a set of scans; see the functions below."""
 
     scans: int
     subjects: int
     auc: float
-    auc_low: float
+    auc_low: float  # end of the 95 % interval over resampled subjects; NaN with fewer than two
     auc_high: float
     balanced_accuracy: float
-    ece: float
-    confusion: list[list[int]]
+    ece: float  # `calibration_error`
+    confusion: list[list[int]]  # number of scans by true class (row) and predicted class (column)
 
     def text(self, classes: Sequence[str]) -> str:
         """The scores in a line, and a line for each class."""
@@ -56,15 +48,11 @@ class ClassScores:
         return "\n".join(lines)
 
     def as_json(self, classes: Sequence[str]) -> dict[str, Any]:
-        """The scores for a JSON file, null where one is undefined."""
         return {"classes": list(classes), **nullable(asdict(self))}
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: the probability that a positive scan scores higher than a negative one, ties as half.
-
-    Of scores `(N,)` and bool `(N,)`; NaN without positive or without negative scans.
-    """
+    """Area under the ROC curve of scores `(N,)` and bool `(N,)`, ties as half; NaN where one kind has no scan."""
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
         return math.nan
@@ -87,7 +75,7 @@ def balanced_accuracy(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Expected calibration error of the most likely class (Guo et al., ICML 2017, Eq. (3))."""
+    """Expected calibration error of the most likely class (Guo et al., ICML 2017, Eq. (3)), in 15 bins."""
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
@@ -95,7 +83,7 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def score_classes(probabilities: np.ndarray, truth: np.ndarray, subjects: Sequence[str]) -> ClassScores:
-    """Compute all scores of a set of scans, given probabilities `(N, K)` and the true class and the subject of each."""
+    """All scores of a set of scans, given probabilities `(N, K)` and the true class and the subject of each."""
     classes = probabilities.shape[1]
     confusion = np.zeros((classes, classes), dtype=int)
     np.add.at(confusion, (truth, probabilities.argmax(axis=1)), 1)
@@ -119,14 +107,11 @@ def weighted_cross_entropy(probabilities: np.ndarray, truth: np.ndarray, weights
 
 
 def scan_scores(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """What each scan adds to the scores of all: values whose mean is the score, and whose spread is its error.
+    """What each scan adds to "auc" and "balanced_accuracy" of all, each `(N,)`: their mean is the score.
 
     A scan's AUC is the share of the scans of the other kind that it is on the right side of, its distance from the AUC
     weighted by N over the scans of its own kind. The variance of the mean of these is that of DeLong et al. (Biometrics
-    1988), also for the difference of two runs. Likewise its part in the balanced accuracy. Values may leave 0 to 1.
-
-    Returns:
-        "auc" and "balanced_accuracy", each `(N,)`; the AUC is NaN where all scans are of one class.
+    1988), also for the difference of two runs. Values may leave 0 to 1; the AUC is NaN where all are of one class.
     """
     classes = probabilities.shape[1]
     counts = np.bincount(truth, minlength=classes)
@@ -154,33 +139,25 @@ def _auc_of_scans(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NumberScores:
-    """Scores of the predicted numbers of a set of scans; `_low` and `_high` are the ends of 95 % intervals.
-
-    Args:
-        mae: mean absolute error, in the number's units.
-        mean_predictor_mae: that of predicting the training scans' mean for every scan.
-        r2: 1 - squared errors / squared deviations of the truth from its own mean; NaN if the truth is constant.
-        correlation: Pearson's, of predicted and true numbers; NaN if either is constant.
-        bias: mean of predicted - true.
-        bias_slope: slope of predicted - true on the true number. Below 0, high numbers are predicted too low and low
-            ones too high: the age bias of brain-age models (Le et al., Frontiers in Aging Neuroscience 2018).
-    """
+    """Scores of the predicted numbers of a set of scans; `_low` and `_high` are the ends of 95 % intervals."""
 
     scans: int
     subjects: int
-    mae: float
+    mae: float  # mean absolute error, in the number's units
     mae_low: float
     mae_high: float
-    mean_predictor_mae: float
-    r2: float
+    mean_predictor_mae: float  # that of predicting the training scans' mean for every scan
+    r2: float  # 1 - squared errors / squared deviations of the truth from its own mean; NaN if the truth is constant
     r2_low: float
     r2_high: float
-    correlation: float
+    correlation: float  # Pearson's, of predicted and true numbers; NaN if either is constant
     correlation_low: float
     correlation_high: float
-    bias: float
+    bias: float  # mean of predicted - true
     bias_low: float
     bias_high: float
+    # Slope of predicted - true on the true number. Below 0, high numbers are predicted too low and low ones too high:
+    # the age bias of brain-age models (Le et al., Frontiers in Aging Neuroscience 2018).
     bias_slope: float
     bias_slope_low: float
     bias_slope_high: float
@@ -200,7 +177,6 @@ class NumberScores:
         )
 
     def as_json(self, column: str) -> dict[str, Any]:
-        """The scores for a JSON file, null where one is undefined."""
         return {"column": column, **nullable(asdict(self))}
 
 
@@ -221,15 +197,32 @@ def measures(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 def score_numbers(
     predicted: np.ndarray, truth: np.ndarray, training_mean: float | np.ndarray, subjects: Sequence[str]
 ) -> NumberScores:
-    """Compute all scores of predicted and true numbers `(N,)`, with intervals over resampled subjects.
-
-    `training_mean` is the number's mean over the training scans, one or `(N,)`.
-    """
-    intervals = resample_subjects(lambda rows: measures(predicted[rows], truth[rows]), subjects)
-    lows = {f"{name}_low": low for name, (low, _) in intervals.items()}
-    highs = {f"{name}_high": high for name, (_, high) in intervals.items()}
-    guess = float(np.abs(training_mean - truth).mean())
+    """All scores of predicted and true numbers `(N,)`; `training_mean` is that of the training scans, one or `(N,)`."""
     found = measures(predicted, truth)
-    return NumberScores(
-        scans=len(truth), subjects=len(set(subjects)), mean_predictor_mae=guess, **found, **lows, **highs
-    )
+    for name, ends in resample_subjects(lambda rows: measures(predicted[rows], truth[rows]), subjects).items():
+        found[f"{name}_low"], found[f"{name}_high"] = ends
+    guess = float(np.abs(training_mean - truth).mean())
+    return NumberScores(scans=len(truth), subjects=len(set(subjects)), mean_predictor_mae=guess, **found)
+
+
+# ---- voxels of a map ----
+
+VOXEL_SCORES = ("auc", "average_precision", "by_chance", "best_dice", "peak_in_lesion")
+
+
+def voxel_scores(values: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
+    """How well a map finds a lesion, of the map's values `(N,)` in the head and bool `(N,)`, some True and some False.
+
+    Returns `VOXEL_SCORES`. Average precision has steps of equal values (as by scikit-learn); by chance it is the
+    lesion's fraction of the head. The best Dice is at the threshold that is best for this scan, and so too good.
+    """
+    order = np.argsort(-values, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last voxel of each value
+    hits, found, total = np.cumsum(lesion[order])[ends], ends + 1, lesion.sum()
+    return {
+        "auc": auc(values, lesion),
+        "average_precision": float((np.diff(hits, prepend=0) / total * (hits / found)).sum()),
+        "by_chance": float(lesion.mean()),
+        "best_dice": float((2 * hits / (found + total)).max()),
+        "peak_in_lesion": float(lesion[values.argmax()]),
+    }

@@ -47,18 +47,11 @@ def means_by_subject(values: Sequence[float], subjects: Sequence[str]) -> list[f
 def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Bootstrap-t interval of the mean, which follows the skewness of the values.
 
-    The deviation of each resample's mean is divided by the resample's own standard error. The quantiles of these
-    studentised deviations replace Student's quantiles (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    section 12.5). Scores near their maximum are skewed, and their interval extends further down than up. A resample of
-    nearly equal values has a standard error close to 0, which makes the method unstable for few or tied values: each
-    side is therefore at most twice as long as Student's. Below four values the interval is Student's.
+    Quantiles of the resamples' deviations, each in the resample's own standard error, replace Student's (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5). Nearly equal values have an error close to 0, and
+    few or tied ones make the method unstable: each side is at most twice Student's. Below four values it is Student's.
 
-    Args:
-        values: `(n,)`, finite.
-        resamples: a multiple of 10.
-
-    Returns:
-        The lower and upper end, which may lie outside the values; NaN below two values.
+    Lower and upper end for finite values `(n,)`; NaN below two. `resamples` is a multiple of 10.
     """
     n = len(values)
     if n < 2:
@@ -86,17 +79,14 @@ def _studentised(values: np.ndarray, mean: float, sd: float, seed: int, resample
 def resample_subjects(
     scores: Callable[[np.ndarray], Mapping[str, float]], subjects: Sequence[str], side: np.ndarray | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of scores over resampled subjects, all scans of a subject together.
+    """Percentile intervals of scores over resampled subjects, all scans of a subject together: lower and upper ends.
+
+    They are NaN for a score that is undefined (NaN) in many resamples, and where fewer than two subjects are resampled.
 
     Args:
-        scores: indices of the scans of a resample, some of them repeated -> its scores by name. A resample in which
-            one is undefined (NaN) does not count for it.
+        scores: indices of the scans of a resample, some of them repeated -> its scores by name.
         subjects: of each scan, N names.
         side: bool `(N,)`; the subjects of these scans and those of the others are resampled apart.
-
-    Returns:
-        Lower and upper end of each score; NaN where it is undefined in most resamples, as those of two subjects often
-        are, or fewer than two subjects are resampled.
     """
     names = np.asarray(subjects)
     sides = [np.ones(len(names), dtype=bool)] if side is None else [side, ~side]
@@ -119,9 +109,8 @@ def resample_subjects(
 def wilcoxon_p(differences: np.ndarray) -> float:
     """Two-sided p of Wilcoxon's signed-rank test that paired differences `(n,)` are symmetric about 0.
 
-    Differences of 0 are excluded, and tied differences get their mean rank. Up to 200 differences, the distribution of
-    the rank sum is exact, ties included; above, it is approximated by a normal distribution. p is at least 2 / 2^n, and
-    1 if no difference is left.
+    Differences of 0 are excluded, and tied ones get their mean rank. Up to 200 differences the distribution of the rank
+    sum is exact, ties included; above, normal. p is at least 2 / 2^n, and 1 if no difference is left.
     """
     differences = differences[differences != 0]
     if not len(differences):
@@ -144,8 +133,8 @@ def detectable_difference(differences: np.ndarray) -> float:
     """Smallest mean difference that a comparison of so many pairs, as variable as these, finds in 4 of 5 repeats.
 
     For a two-sided paired t-test at 0.05, from the noncentral t distribution (Cohen, Statistical Power Analysis, 1988);
-    Wilcoxon's test has nearly the same power for differences near normal, and more where a few are large. The test's
-    own mean does not enter. A correction for several tests makes the difference larger. NaN below two differences.
+    Wilcoxon's test has nearly the same power for differences near normal, and more where a few are large. A correction
+    for several tests makes it larger. NaN below two differences.
     """
     n = len(differences)
     if n < 2:
@@ -156,17 +145,12 @@ def detectable_difference(differences: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p corrected for the number of tests, which controls the family-wise error rate.
-
-    Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979. NaN stands
-    for no test, and is not counted.
-    """
+    """p corrected for the number of tests (Holm, Scandinavian Journal of Statistics 1979); NaN stands for no test."""
     p = np.asarray(p_values, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(p))
     order = tested[np.argsort(p[tested], kind="stable")]
     corrected = np.full(len(p), math.nan)
-    factors = np.arange(len(order), 0, -1)
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
     return corrected.tolist()
 
 

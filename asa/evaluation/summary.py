@@ -1,6 +1,7 @@
 """Rows of an evaluation and their statistics over the cases, as CSV, JSON and plain text."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,17 +31,13 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseRow(Row):
-    """The values of one label or region of a case, with its size in both masks; None without a prediction.
-
-    Args:
-        wrong_side: of its true voxels that have a left or right label in both maps, the fraction with the label of the
-            other side; NaN where there are none.
-    """
+    """The values of one label or region of a case, with its size in both masks; None without a prediction."""
 
     voxels_predicted: int | None
     voxels_true: int
     ml_predicted: float | None
     ml_true: float
+    # Of its true voxels that have a left or right label in both maps, the fraction with the label of the other side.
     wrong_side: float = math.nan
 
     @property
@@ -57,37 +54,26 @@ class CaseRow(Row):
 
 @dataclass(frozen=True)
 class Statistic:
-    """Statistics of one metric and label over the cases; NaN if too few values are defined.
-
-    Args:
-        sd: with n - 1, NaN below two values.
-        low, high: bootstrap interval of the mean, NaN below two values.
-        used, total: number of defined values ("n used") and of cases ("n total").
-    """
+    """Statistics of one metric and label over the cases; NaN if too few values are defined."""
 
     mean: float
-    sd: float
+    sd: float  # with n - 1, NaN below two values
     median: float
-    low: float
+    low: float  # end of the bootstrap interval of the mean, NaN below two values
     high: float
-    used: int
-    total: int
+    used: int  # number of defined values
+    total: int  # and of cases
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Results of an evaluation.
-
-    Args:
-        rows: every case and region, in order of case id.
-        results: region -> metric name -> statistic over the cases, or over the means of subjects with several.
-        subjects: case id -> subject; a case that is not in it is a subject of its own.
-    """
+    """Results of an evaluation."""
 
     policy: PolicyInfo
-    rows: Sequence[Row]
+    rows: Sequence[Row]  # every case and region, in order of case id
+    # Region -> metric name -> statistic over the cases, or over the means of subjects with several.
     results: dict[str, dict[str, Statistic]]
-    subjects: Mapping[str, str]
+    subjects: Mapping[str, str]  # case id -> subject; a case that is not in it is a subject of its own
 
     @property
     def several(self) -> int:
@@ -110,7 +96,6 @@ class Summary:
         return [statistic.used for by_metric in self.results.values() for statistic in by_metric.values()]
 
     def as_json(self) -> dict[str, Any]:
-        """The results for a JSON file, without the rows; undefined numbers are null."""
         return {
             "asa": __version__,
             "policy": self.policy.as_json(),
@@ -126,25 +111,16 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSummary(Summary):
-    """Results of an evaluation of label maps.
-
-    Args:
-        labels: declared label value -> name.
-        regions: name of each evaluated region -> label values that it joins.
-        missing: cases without a prediction; they count in n total, not in n used.
-        unmatched: predictions without a truth; they are not counted.
-        notes: lines about how the scores are to be read.
-        networks: that made the predictions, as tables of asa-predict call them; () where none tells.
-    """
+    """Results of an evaluation of label maps."""
 
     policy: Policy
     rows: tuple[CaseRow, ...]
-    labels: dict[int, str]
-    regions: Regions
-    missing: tuple[str, ...] = ()
-    unmatched: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    networks: tuple[str, ...] = ()
+    labels: dict[int, str]  # declared value -> name
+    regions: Regions  # name of each evaluated region -> label values that it joins
+    missing: tuple[str, ...] = ()  # cases without a prediction; they count in n total, not in n used
+    unmatched: tuple[str, ...] = ()  # predictions without a truth; they are not counted
+    notes: tuple[str, ...] = ()  # how the scores are to be read
+    networks: tuple[str, ...] = ()  # that made the predictions, as tables of asa-predict call them
 
     @property
     def wrong_side(self) -> dict[str, Statistic]:
@@ -159,7 +135,6 @@ class SegmentationSummary(Summary):
         }
 
     def as_json(self) -> dict[str, Any]:
-        """The summary for a JSON file, without its rows; undefined numbers are null."""
         sided = self.wrong_side
         return super().as_json() | {
             "labels": {str(value): name for value, name in self.labels.items()},
@@ -185,18 +160,14 @@ def summarise(
     labels: Mapping[int, str],
     policy: str | Policy = "ibsr",
     *,
-    missing: Sequence[str] = (),
-    unmatched: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    networks: Sequence[str] = (),
     subjects: Mapping[str, str] | None = None,
+    **about: Sequence[str],
 ) -> SegmentationSummary:
     """Summarise the rows of label maps, as `evaluate_case` returns them, over the cases.
 
     Every label and metric draws from the same seed, so that an interval does not depend on which others are evaluated.
-
-    Raises:
-        ValueError: invalid labels, or an unknown policy.
+    `about`: missing, unmatched, notes and networks of `SegmentationSummary`. A ValueError for invalid labels, or an
+    unknown policy.
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
     rows, regions, subjects = tuple(rows), policy.regions_of(labels), subjects or {}
@@ -207,10 +178,7 @@ def summarise(
         subjects=subjects,
         labels=dict(labels),
         regions=regions,
-        missing=tuple(missing),
-        unmatched=tuple(unmatched),
-        notes=tuple(notes),
-        networks=tuple(networks),
+        **{key: tuple(values) for key, values in about.items()},
     )
 
 
@@ -313,10 +281,7 @@ def cases_csv(summary: SegmentationSummary) -> str:
 
 
 def describe(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
-    """Mean, standard deviation and interval over cases; undefined values (NaN) count in n total only.
-
-    The interval is clipped to `bounds`, the range of possible values.
-    """
+    """Mean, SD and interval, clipped to the possible values, over cases; undefined ones (NaN) count in n total only."""
     used = np.array([value for value in values if not math.isnan(value)], dtype=np.float64)
     if not used.size:
         return Statistic(math.nan, math.nan, math.nan, math.nan, math.nan, used=0, total=len(values))
@@ -330,3 +295,45 @@ def aligned(table: list[list[str]]) -> list[str]:
     """Rows of cells as lines, the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+
+
+def markdown_lines(rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    """Rows as the lines of a Markdown table; for the arguments see `latex_tabular`."""
+    escaped = [[markdown_text(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
+    return lines
+
+
+def latex_tabular(rows: Sequence[Sequence[str]], words: int, notes: Sequence[str]) -> str:
+    r"""Rows as a LaTeX tabular, which needs \usepackage{booktabs}; notes before it are comments.
+
+    The headings are the first row. There is a rule where the first cell changes. The first `words` columns are of
+    words, the others of numbers.
+    """
+    lines = [f"% {_one_line(note)}" for note in ("Needs \\usepackage{booktabs}.", *notes)]
+    lines += [f"\\begin{{tabular}}{{{'l' * words}{'r' * (len(rows[0]) - words)}}}", "\\toprule"]
+    first = ""
+    for row in rows:
+        if row is not rows[0] and row[0] != first:
+            lines.append("\\midrule")
+            first = row[0]
+        lines.append(" & ".join(_latex(cell) for cell in row) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """Names come from tables of others: a line break in one would end a comment or a row."""
+    return " ".join(text.split())
+
+
+def markdown_text(text: str) -> str:
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _one_line(text))  # what begins a tag; p stays <0.001
+
+
+def _latex(text: str) -> str:
+    text = _one_line(text)
+    for character in "\\&%$#_{}":  # the backslash first
+        text = text.replace(character, "\\textbackslash " if character == "\\" else f"\\{character}")
+    text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)
+    return text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}").replace("<", "$<$")

@@ -1,19 +1,22 @@
-"""Predicted tables against a table of the truth: class probabilities, numbers, and how unusual scans are.
+"""Predicted tables and anomaly maps against the truth: class probabilities, numbers, and how unusual scans are.
 
 OUT/summary.json   the scores, with intervals over resampled subjects
-OUT/scans.csv      of a classification: each scan's class and its shares in AUC and balanced accuracy
-OUT/digests.json   SHA-256 of both, which asa-ablate compares
+OUT/scans.csv      of a classification: each scan's class and its shares in AUC and balanced accuracy; of maps against
+                   lesions that were drawn: a row for each scan with a lesion, see `voxel_scores`
+OUT/digests.json   of a classification: SHA-256 of both, which asa-ablate compares
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from asa.data.datasets.record import subject_of
 from asa.data.io.files import write_digests, write_json, write_whole
+from asa.data.io.nifti import check_same_geometry, read_image, read_label
 from asa.data.io.tables import (
     EMPTY,
     ENDINGS,
@@ -29,10 +32,22 @@ from asa.data.io.tables import (
     read_column,
     read_rows,
 )
+from asa.data.preprocessing.pipeline import to_native
+from asa.data.store import Store
 from asa.errors import counted
-from asa.evaluation.scans import ClassScores, NumberScores, auc, scan_scores, score_classes, score_numbers
+from asa.evaluation.scans import (
+    VOXEL_SCORES,
+    ClassScores,
+    NumberScores,
+    auc,
+    scan_scores,
+    score_classes,
+    score_numbers,
+    voxel_scores,
+)
 from asa.evaluation.statistics import nullable, resample_subjects
 from asa.evaluation.summary import check_summary
+from asa.ops.labels import IGNORED
 
 SCANS = "scans.csv"
 MEASURES = ("score", "mean", "top", "peak")  # of how unusual a scan is; only its asymmetry has the first
@@ -44,18 +59,10 @@ def table_in(path: Path, name: str) -> Path:
 
 
 def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, list[str], list[str]]:
-    """Score the class probabilities that asa-predict wrote to a table.
+    """Score the class probabilities that asa-predict wrote to a table: the scores, the classes, lines for the reader.
 
-    Returns:
-        The scores, the names of the classes, and lines for the reader.
-
-    Args:
-        truth: table (CSV) with the columns subject (or id) and class. Scans not in it are left out.
-        out: folder for summary.json and scans.csv.
-
-    Raises:
-        FileNotFoundError, ValueError: no such table, one that does not fit, a class that the network does not know, or
-            files of something else.
+    `truth` is a table with the columns subject (or id) and class; scans not in it are left out. A FileNotFoundError or
+    ValueError for no such table, one that does not fit, an unknown class, or files of something else in `out`.
     """
     check_own(out / SCANS, "asa-evaluate", {"id", "class", "auc", "balanced_accuracy"}, "")
     check_summary(out, "classes", "confusion")
@@ -80,18 +87,10 @@ def evaluate_classes(table: Path, truth: Path, out: Path) -> tuple[ClassScores, 
 def evaluate_numbers(
     table: Path, truth: Path, out: Path, column: str | None = None
 ) -> tuple[NumberScores, str, list[str]]:
-    """Score the numbers that asa-predict wrote to a table.
+    """Score the numbers that asa-predict wrote to a table: the scores, the number's name, lines for the reader.
 
-    Returns:
-        The scores, the name of the number, and lines for the reader.
-
-    Args:
-        truth: table (CSV) with the columns subject (or id) and the number's. Scans not in it are left out.
-        out: folder for summary.json.
-        column: of the truth; None: called as in the training table.
-
-    Raises:
-        FileNotFoundError, ValueError: no such table, one that does not fit, or a number that is none.
+    `truth` is a table with the columns subject (or id) and the number's `column` (None: as in the training table);
+    scans not in it are left out. Raises as `evaluate_classes`.
     """
     check_summary(out, "column", "bias_slope")
     own = [name for name in predicted_rows(table)[0] if name not in RESERVED]
@@ -112,17 +111,10 @@ def evaluate_asymmetry(
 ) -> tuple[dict[str, dict[str, float]], dict[str, int], list[str]]:
     """How well each measure of asymmetry, or of anomaly, in a table separates patients from healthy subjects.
 
-    Args:
-        truth: table (CSV) with the columns subject (or id) and health, 1 or 0. Scans not in it are left out.
-        out: folder for summary.json.
-
-    Returns:
-        By measure: auc, auc_low, auc_high (the 95 % interval over resampled subjects; NaN if undefined).
-        Numbers of scans: patients, healthy, without_health; and of rows of the truth without_prediction.
-        Lines for the reader.
-
-    Raises:
-        FileNotFoundError, ValueError: no such table, one that does not fit, another health, or scans of one kind only.
+    `truth` is a table with the columns subject (or id) and health, 1 or 0; scans not in it are left out. Raises as
+    `evaluate_classes`, also for scans of one kind only. Returns by measure auc, auc_low and auc_high (the 95 % interval
+    over resampled subjects; NaN if undefined); numbers of scans (patients, healthy, without_health), and of rows of the
+    truth without_prediction; and lines for the reader.
     """
     check_summary(out, "patients", "healthy")
     rows, health, subjects = matched(table, truth, "health")
@@ -130,7 +122,7 @@ def evaluate_asymmetry(
     patient = np.array(health) == "0"
     if patient.all() or not patient.any():
         raise ValueError(f"{truth}: all {len(rows)} scans are of health {health[0]}: an AUC needs both")
-    results, notes = separation(table, rows, patient, subjects), notes_of(rows)
+    results, notes = _separation(table, rows, patient, subjects), notes_of(rows)
     counts = {
         "patients": int(patient.sum()),
         "healthy": int((~patient).sum()),
@@ -142,7 +134,7 @@ def evaluate_asymmetry(
     return results, counts, notes
 
 
-def separation(
+def _separation(
     table: Path, rows: Sequence[Mapping[str, str]], patient: np.ndarray, subjects: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """The AUC of each measure in the rows of a table, with its interval; see `evaluate_asymmetry`."""
@@ -154,6 +146,75 @@ def separation(
 
     found, ends = aucs(np.arange(len(rows))), resample_subjects(aucs, subjects)
     return {name: {"auc": found[name], "auc_low": ends[name][0], "auc_high": ends[name][1]} for name in measures}
+
+
+def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str] | None = None) -> dict[str, Any]:
+    """Score the maps beside a table of asa-predict against the label files of a store of the same scans.
+
+    A lesion is every label, and of maps that compare the sides, whose table has a score, its mirror image too. Ignored
+    voxels, and what lies outside the head, do not count, unless a lesion is there. `subjects`: whose scans; None: all.
+    A FileNotFoundError or ValueError for no such table or map, a map on another grid, or no scan with a lesion.
+
+    Returns what summary.json holds: "scans" of each kind; "voxels" by score of `voxel_scores`, and "results" by measure
+    of the table if there are scans without a lesion, too; "notes". An undefined end of an interval is None.
+    """
+    check_own(out / SCANS, "asa-evaluate", {"id", *VOXEL_SCORES}, "")
+    check_summary(out, "scans", "voxels")
+    predicted = predicted_rows(table)
+    sides = "score" in predicted[0]
+    chosen = [record for record in store.records if subjects is None or record["subject"] in subjects]
+    labelled = {record["id"]: record for record in chosen if "label" in record["sources"]}
+    rows = [row for row in predicted if row["id"] in labelled]
+    scored: dict[str, list[float]] = {}  # of the scans with a lesion, by id
+    for id, record in ((row["id"], labelled[row["id"]]) for row in rows):
+        label = read_label(record["sources"]["label"]["path"])
+        lesion = np.isin(label.data, store.label_values)
+        if lesion.any():
+            path = table.with_name(f"{id}.nii.gz")
+            check_same_geometry(map := read_image(path), label, f"{path} and its label map in {store.path}")
+            head, mirrored = _head_and_mirrored_lesion(store, record, sides)
+            lesion |= mirrored
+            inside = lesion | (head & ~np.isin(label.data, store.ignored))
+            scored[id] = list(voxel_scores(map.data[inside], lesion[inside]).values())
+    if not scored:
+        raise ValueError(f"{table}: none of its scans has a lesion in {store.path}: predict input={store.path}")
+    values, patient = np.array(list(scored.values())), np.array([row["id"] in scored for row in rows])
+
+    def means(chosen: np.ndarray) -> dict[str, float]:
+        return dict(zip(VOXEL_SCORES, values[chosen].mean(axis=0).tolist(), strict=True))
+
+    ends = resample_subjects(means, [labelled[id]["subject"] for id in scored])
+    voxels = {
+        name: nullable({"mean": mean, "low": ends[name][0], "high": ends[name][1]})
+        for name, mean in means(np.arange(len(values))).items()
+    }
+    of_subjects = [labelled[row["id"]]["subject"] for row in rows]
+    results = {} if patient.all() else _separation(table, rows, patient, of_subjects)
+    notes = [*store.notes_on_labels(labelled[row["id"]] for row in rows), *notes_of(rows)]
+    summary = {
+        "scans": {
+            "with_lesion": len(scored),
+            "without": len(rows) - len(scored),
+            "left_out": len(predicted) - len(rows),  # without a label
+            "without_prediction": len(labelled) - len(rows),
+        },
+        "voxels": voxels,
+        "results": {measure: nullable(found) for measure, found in results.items()},
+        "notes": notes,
+    }
+    cells = [[id, *(f"{value:.6g}" for value in row)] for id, row in scored.items()]
+    write_whole(out / SCANS, csv_text(["id", *VOXEL_SCORES], cells).encode())
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def _head_and_mirrored_lesion(store: Store, record: dict[str, Any], sides: bool) -> np.ndarray:
+    """Bool `(2, x, y, z)` on the scan's grid: the head and, if `sides` are compared, its mirror image; the lesion's."""
+    label = np.array(store.label(record["id"]))
+    head = (np.array(store.image(record["id"])) != 0).any(axis=0, keepdims=True)
+    mirrored = ((label > 0) & (label != IGNORED))[..., ::-1] & sides
+    masks = np.concatenate([head | (head[..., ::-1] & sides), mirrored]).astype(np.uint8)
+    return to_native(masks, record["chain"]).astype(bool)
 
 
 def numbers(table: Path, row: Mapping[str, str], columns: Sequence[str]) -> list[float]:

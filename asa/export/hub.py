@@ -2,7 +2,7 @@
 
 model.safetensors        weights; the description of network and preparation in the header
 config.json              the same description, to read
-training_subjects.json   digests of the training scans and subjects (see `asa.data.leakage`)
+training_subjects.json   digests of the training scans and subjects (see `asa.data.splits`)
 README.md                the model card: https://huggingface.co/docs/hub/model-cards
 digests.json             SHA-256 of each file; that of the weights is compared whenever they are read
 """
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from asa import __version__
 from asa.data.io.files import DIGESTS, check_out, read_json, sha256_of, write_digests, write_json, write_whole
 from asa.data.io.tables import short
-from asa.data.leakage import stored_digests
+from asa.data.splits import stored_digests
 from asa.errors import reason_of
 from asa.inference.preprocessing import without_command
 from asa.training.checkpoint import read_model, read_weights
@@ -55,15 +55,11 @@ def export_hub(
 
     Args:
         checkpoint, out, plugins: see `export_onnx`; `out` is the folder to write.
-        licence: of the weights, in the Hub's words, like cc-by-4.0.
-        trained_on: the training data, in words, for the card.
+        licence: of the weights, in the Hub's words, like cc-by-4.0; a ValueError without one.
+        trained_on: the training data, in words, for the card; a ValueError without any.
         evaluation: folder that asa-evaluate wrote, for the card; None: the card says that there is none.
         reference: the name that it will be loaded by, for the card.
         dtype: of the weights in the file; whoever loads them gets float32.
-
-    Raises:
-        FileNotFoundError, ValueError: no checkpoint or evaluation; no licence or no words about the data; or a folder
-            that holds something else.
     """
     if not licence or not re.fullmatch(r"[a-z0-9.-]+", licence):
         raise ValueError(
@@ -93,10 +89,9 @@ def export_hub(
 
 
 def _results(folder: Path, digest: str) -> dict[str, Any]:
-    """What asa-evaluate wrote about labels and metrics.
+    """What asa-evaluate wrote: "rows" are the defined means of labels and metrics, "notes" how they are to be read.
 
-    As "rows" the means that are defined, as "notes" how they are to be read, as "own" whether the predictions are of
-    the network with this SHA-256, as far as one can tell.
+    "own" is whether the predictions are of the network with this SHA-256, as far as one can tell.
     """
     summary = read_json(folder / "summary.json")
     if not isinstance(summary, dict) or "policy" not in summary:
@@ -113,8 +108,7 @@ def _results(folder: Path, digest: str) -> dict[str, Any]:
         rows = [row for row in rows if None not in row.values()]
         if not all(isinstance(row[key], int | float) for row in rows for key in ("mean", "low", "high", "used")):
             raise ValueError("a mean that is no number")
-        networks = summary.get("networks", [])
-        name = short(digest)
+        networks, name = summary.get("networks", []), short(digest)
         own = networks == [name] or "labels" not in summary
         notes = [str(note) for note in summary.get("notes", [])]
         if not own:
@@ -122,8 +116,9 @@ def _results(folder: Path, digest: str) -> dict[str, Any]:
             notes.insert(0, f"The predictions {made}; this network is {name}.")
         about = {"cases": int(summary["cases"]), "policy": str(summary["policy"]["name"]), "asa": str(summary["asa"])}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = reason_of(error)
-        raise ValueError(f"{folder}/summary.json: not as asa-evaluate writes it ({reason}): evaluate again") from None
+        raise ValueError(
+            f"{folder}/summary.json: not as asa-evaluate writes it ({reason_of(error)}): evaluate again"
+        ) from None
     return {**about, "rows": rows, "notes": notes, "own": own}
 
 
@@ -137,8 +132,7 @@ def _card(
     reference: str,
 ) -> str:
     """`README.md`: metadata that the Hub reads, and the card."""
-    data = config["data"]
-    task = str(config.get("task", "network"))
+    data, task = config["data"], str(config.get("task", "network"))
     restores = task == "restoration"
     tags = ["medical", "2d", task] if restores else ["mri", "brain", "medical", "3d", task]
     about: dict[str, Any] = {"license": licence, "library_name": LIBRARY, "tags": tags}
@@ -207,7 +201,6 @@ SHA-256 of `{WEIGHTS}`: `{weights}`. asa compares it with `{DIGESTS}` whenever i
 
 
 def _evaluated(summary: Mapping[str, Any] | None) -> str:
-    """The table of the evaluation."""
     if summary is None:
         return "Not evaluated: whoever uses it has to."
     lines = [
@@ -219,10 +212,8 @@ def _evaluated(summary: Mapping[str, Any] | None) -> str:
         "|---|---|---|---|---|",
     ]
     for row in summary["rows"]:
-        interval = f"{row['low']:.4g} to {row['high']:.4g}"
-        lines.append(
-            f"| {_plain(row['label'])} | {_plain(row['metric'])} | {row['mean']:.4g} | {interval} | {row['used']} |"
-        )
+        mean, low, high = (f"{row[key]:.4g}" for key in ("mean", "low", "high"))
+        lines.append(f"| {_plain(row['label'])} | {_plain(row['metric'])} | {mean} | {low} to {high} | {row['used']} |")
     return "\n".join(lines)
 
 

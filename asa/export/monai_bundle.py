@@ -32,11 +32,8 @@ def export_bundle(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] =
     must be installed where the bundle runs; the sliding window is MONAI's. `configs/metadata.json` follows MONAI's
     schema of 2024-07-25, `configs/asa.json` holds the metadata of the training scans, `models/model.pt` the state dict.
 
-    The arguments are those of `export_onnx`; `out` is the folder to write.
-
-    Raises:
-        FileNotFoundError, ValueError: no checkpoint; not a segmentation network, or one that cross-attends to the
-            mirror image; a name that MONAI would read as an expression; or a folder that holds something else.
+    The arguments are those of `export_onnx`; `out` is the folder to write. A ValueError for another network, or one
+    that cross-attends to the mirror image, and for a name that MONAI would read as an expression.
     """
     model, description = read_model(checkpoint, plugins=plugins)
     data, node = description["data"], description["model"]
@@ -71,10 +68,9 @@ def _check_plain(node: Any, source: str) -> None:
         _check_plain(item, source)
 
 
-def _inference(
-    network: Mapping[str, Any], channels: Sequence[str], window: list[int], overlap: float
-) -> dict[str, Any]:
+def _inference(network: dict[str, Any], channels: Sequence[str], window: list[int], overlap: float) -> dict[str, Any]:
     """`configs/inference.json`, with the names that MONAI's inference workflows expect."""
+    sliding = {"roi_size": window, "sw_batch_size": 1, "overlap": overlap, "mode": "gaussian"}
     return {
         "imports": ["$import torch"],
         "bundle_root": ".",
@@ -85,7 +81,7 @@ def _inference(
         "probabilities": False,
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "facts": "$@bundle_root + '/configs/asa.json'",
-        "network_def": dict(network),
+        "network_def": network,
         "network": {
             "_target_": "asa.export.monai_runtime.load_network",
             "network": "@network_def",
@@ -98,13 +94,7 @@ def _inference(
             "data": {"_target_": "asa.data.datasets.folder.records", "root": "@dataset_dir", "images": "@images"},
             "transform": "@preprocessing",
         },
-        "inferer": {
-            "_target_": "SlidingWindowInferer",
-            "roi_size": window,
-            "sw_batch_size": 1,
-            "overlap": overlap,
-            "mode": "gaussian",
-        },
+        "inferer": {"_target_": "SlidingWindowInferer", **sliding},
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [_runtime("WriteLabelMap", "facts", "output_dir", "probabilities")],
@@ -120,7 +110,6 @@ def _runtime(name: str, *arguments: str) -> dict[str, Any]:
 
 
 def _patterns(channels: Sequence[str]) -> dict[str, str]:
-    """Default file pattern of each channel."""
     return {name: "*.nii.gz" if len(channels) == 1 else f"*_{name}.nii.gz" for name in channels}
 
 
@@ -130,7 +119,14 @@ def _metadata(
     """`configs/metadata.json`, following MONAI's schema."""
     channels, prepare = facts["channels"], facts["prepare"]
     names, packages = Outputs.of(facts).channel_names, {name: version(name) for name in ("nibabel", "scipy")}
-    tensor = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
+    modality = "CT" if "window" in prepare else "MR"
+    unit = modality == "CT" or prepare.get("normalise", "percentile") == "percentile"  # of [0, 1]
+
+    def tensor(names: Sequence[str], values: Sequence[int], **about: str) -> dict[str, Any]:
+        shared = {"type": "image", "spatial_shape": list(window), "dtype": "float32", "is_patch_data": True}
+        named = {str(k): name for k, name in enumerate(names)}
+        return {**shared, **about, "num_channels": len(names), "value_range": values, "channel_def": named}
+
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
@@ -152,27 +148,8 @@ def _metadata(
         "intended_use": "Research. Not a medical device.",
         "references": [PAPER] if isinstance(model, SegmentationUNet | TokenSegmentation) else [],
         "network_data_format": {
-            "inputs": {
-                "image": {
-                    **tensor,
-                    "format": "magnitude",
-                    "modality": "CT" if "window" in prepare else "MR",
-                    "num_channels": len(channels),
-                    "value_range": [0, 1]
-                    if "window" in prepare or prepare.get("normalise", "percentile") == "percentile"
-                    else [],
-                    "channel_def": {str(k): name for k, name in enumerate(channels)},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    **tensor,
-                    "format": "logits",
-                    "num_channels": len(names),
-                    "value_range": [],
-                    "channel_def": {str(k): name for k, name in enumerate(names)},
-                }
-            },
+            "inputs": {"image": tensor(channels, [0, 1] if unit else [], format="magnitude", modality=modality)},
+            "outputs": {"pred": tensor(names, [], format="logits")},
         },
     }
 
@@ -184,7 +161,6 @@ def _package(prepare: Mapping[str, Any]) -> str:
 
 
 def _readme(facts: Mapping[str, Any], window: Sequence[int]) -> str:
-    """`docs/README.md`."""
     channels, prepare = facts["channels"], facts["prepare"]
     outputs = Outputs.of(facts)
     rows = "\n".join(f"| {value} | {name} |" for value, name in sorted(outputs.labels.items()))

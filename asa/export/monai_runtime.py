@@ -23,10 +23,8 @@ from asa.inference.preprocessing import ScanPreprocessor, check_finite
 class PrepareScan(Transform):
     """Read a scan and bring it to the grid and the intensities of the training scans.
 
-    Args:
-        facts: JSON file with the checkpoint's metadata of its training scans.
-        strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the training scans, which a
-            ValueError refuses if it was a command.
+    `facts` is a JSON file with the checkpoint's metadata of these, `strip` the skull stripping of raw scans, as in
+    `PrepareSettings`; None: that of the training scans, which a ValueError refuses if it was a command.
     """
 
     def __init__(self, facts: str | Path, strip: str | None = None) -> None:
@@ -40,11 +38,9 @@ class PrepareScan(Transform):
 
 
 class WriteLabelMap(Transform):
-    """Bring logits back to the scan's own grid, and write the label map with the scan's header.
+    """Bring logits back to the scan's own grid, and write the label map with its header to `output_dir/ID.nii.gz`.
 
-    Args:
-        facts, output_dir: as for `PrepareScan`; and the folder for `ID.nii.gz`.
-        probabilities: also write the probability of each class or region, to `probabilities/ID` in the folder.
+    With `probabilities` also write the probability of each class or region, to `output_dir/probabilities/ID`.
     """
 
     def __init__(self, facts: str | Path, output_dir: str | Path, probabilities: bool = False) -> None:

@@ -29,19 +29,16 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
     them, one value on top of another. A folder that is not called DatasetNNN_NAME is warned about; returned is the
     content of its dataset.json.
 
-    Raises:
-        FileNotFoundError: a source file is gone.
-        ValueError: no store; no labelled scan; a label called background or ignore; a scan without one of the channels;
-            a source file that has changed since it was prepared, or that is not NIfTI; several ignored values; or a
-            folder that holds something else, or cases that the store has not.
+    A FileNotFoundError for a source file that is gone; a ValueError for one that has changed or is not NIfTI, for no
+    labelled scan, several ignored values, a scan without a channel, a label called background or ignore, and for a
+    folder that holds something else, or cases that the store has not.
     """
     data, out = Store(store), Path(out)
     check_out(out, DESCRIPTION, "a dataset of nnU-Net")
     labelled = [record for record in data.records if "label" in record["sources"]]
     if not labelled:
         raise ValueError(f"{store}: has no labelled scan, and nnU-Net needs some")
-    reserved = {BACKGROUND, IGNORE} & {*data.labels.values(), *data.regions}
-    if reserved:
+    if reserved := {BACKGROUND, IGNORE} & {*data.labels.values(), *data.regions}:
         raise ValueError(
             f"{store}: a label is called {min(reserved)}, which means something else in nnU-Net: rename it"
         )
@@ -55,7 +52,7 @@ def export_nnunet(store: str | Path, out: str | Path) -> dict[str, Any]:
         told = f"nnU-Net takes only folders called DatasetNNN_NAME, like Dataset001_{name}: rename it"
         warnings.warn(f"{out}: {told}", stacklevel=2)
     for record in data.records:
-        _write_case(record, data.channels, values, out)
+        _write_case(record["sources"], _files(record, data.channels), values, out)
     about = {
         "channel_names": {str(number): name for number, name in enumerate(data.channels)},
         **_declaration(data, values),
@@ -83,29 +80,31 @@ def _check_sources(record: Mapping[str, Any], channels: Sequence[str]) -> None:
 
 def _check_cases(data: Store, out: Path) -> None:
     """Raise a ValueError if the folder holds files of an earlier export that this one would not replace."""
-    expected = set()
-    for record in data.records:
-        id, part = record["id"], "Tr" if "label" in record["sources"] else "Ts"
-        expected |= {f"images{part}/{id}_{number:04d}{ENDING}" for number in range(len(data.channels))}
-        expected |= {f"labelsTr/{id}{ENDING}"} if part == "Tr" else set()
+    expected = {file for record in data.records for file in _files(record, data.channels).values()}
     for path in sorted(out.glob(f"*/*{ENDING}")):
         if path.relative_to(out).as_posix() not in expected:
             raise ValueError(f"{path}: no case of {data.path} has this file: remove it, or choose another out=")
 
 
-def _write_case(record: Mapping[str, Any], channels: Sequence[str], values: Mapping[int, int], out: Path) -> None:
-    id, sources = record["id"], record["sources"]
-    folder = out / ("imagesTr" if "label" in sources else "imagesTs")
-    for number, name in enumerate(channels):
-        path = Path(sources[name]["path"])
-        payload = path.read_bytes()
-        write_whole(folder / f"{id}_{number:04d}{ENDING}", payload if path.suffix == ".gz" else gzipped(payload))
-    if "label" in sources:
-        image, label = read_image(sources[channels[0]]["path"]), read_label(sources["label"]["path"])
-        numbers = np.zeros(label.data.shape, np.uint8)
-        for value, number in values.items():
-            numbers[label.data == value] = number
-        write_label(out / "labelsTr" / f"{id}{ENDING}", numbers, image)
+def _files(record: Mapping[str, Any], channels: Sequence[str]) -> dict[str, str]:
+    """The file of each channel, and of the label map if there is one, in the dataset."""
+    id, part = record["id"], "Tr" if "label" in record["sources"] else "Ts"
+    files = {name: f"images{part}/{id}_{number:04d}{ENDING}" for number, name in enumerate(channels)}
+    return files | ({"label": f"labelsTr/{id}{ENDING}"} if part == "Tr" else {})
+
+
+def _write_case(sources: Mapping[str, Any], files: Mapping[str, str], values: Mapping[int, int], out: Path) -> None:
+    paths = {name: Path(sources[name]["path"]) for name in files}
+    for name, file in files.items():
+        if name == "label":
+            image, label = read_image(next(iter(paths.values()))), read_label(paths[name])
+            numbers = np.zeros(label.data.shape, np.uint8)
+            for value, number in values.items():
+                numbers[label.data == value] = number
+            write_label(out / file, numbers, image)
+        else:
+            payload = paths[name].read_bytes()
+            write_whole(out / file, payload if paths[name].suffix == ".gz" else gzipped(payload))
 
 
 def _declaration(data: Store, values: Mapping[int, int]) -> dict[str, Any]:

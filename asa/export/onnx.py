@@ -37,13 +37,8 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
         out: the `.onnx` to write.
         plugins: packages of your own that the checkpoint's network may come from.
 
-    Returns:
-        The largest difference from PyTorch's output on random windows, relative to the largest output.
-
-    Raises:
-        ImportError: a package of the `export` extra is not installed.
-        FileNotFoundError, ValueError: no checkpoint; another file ending; an unsupported network; or outputs that
-            differ from PyTorch's.
+    Returns the largest difference from PyTorch's output on random windows, relative to the largest output; a ValueError
+    if it is large, or for another file ending or an unsupported network.
     """
     if out.suffix != ".onnx":
         raise ValueError(f"{out}: give a file name that ends in .onnx")
@@ -62,9 +57,8 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
     output = "tokens"
     if is_segmentation_network(model) or isinstance(model, WholeVolumeNetwork):
         network, output = model, "number" if isinstance(model, Regressor) else "logits"
-    shape = (encoder.in_channels, *encoder.img_size)
-    data, axes = description["data"], "C D H W: inferior to superior, back to front, left to right"
-    metadata = {"window": list(encoder.img_size), "axes": axes} | exported(data)
+    shape, axes = (encoder.in_channels, *encoder.img_size), "inferior to superior, back to front, left to right"
+    metadata = {"window": list(encoder.img_size), "axes": f"C D H W: {axes}"} | exported(description["data"])
     content = _onnx(network, output, shape, metadata)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator, deviations = torch.Generator().manual_seed(0), list[float]()
@@ -84,7 +78,6 @@ def export_onnx(checkpoint: str | Path, out: Path, *, plugins: Sequence[str] = (
 
 
 def _onnx(network: torch.nn.Module, output: str, shape: tuple[int, ...], metadata: dict[str, Any]) -> bytes:
-    """The bytes of the ONNX file."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports optional packages
     with redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", FutureWarning)  # from PyTorch itself

@@ -27,10 +27,9 @@ from asa.data.preprocessing.resampling import Lengths, bounding_box
 from asa.data.splits import select
 from asa.data.store import Entry, Store
 from asa.errors import require
-from asa.inference.label_maps import Outputs
+from asa.inference.label_maps import Outputs, entropy_map, write_map
 from asa.inference.preprocessing import ScanPreprocessor, prepared_alike, training_scan_metadata, voxel_size
 from asa.inference.segmentation import Segmenter
-from asa.inference.uncertainty import entropy_map, write_map
 from asa.ops.labels import IGNORED
 from asa.settings import FUSIONS, check_choice
 
@@ -40,20 +39,13 @@ PATCH, SEARCH = 2, 3  # of joint label fusion, radii in voxels: of the patches, 
 
 @dataclass(frozen=True)
 class Atlas:
-    """A labelled scan of a store.
-
-    Args:
-        image: `(C, D, H, W)`, prepared.
-        label: `(D, H, W)` uint8, class indices as in the store; `IGNORED` where the label is unknown.
-        spacing: voxel size along D, H, W in mm.
-        classes: K, the number of the store's labels, and the background.
-    """
+    """A labelled scan of a store."""
 
     id: str
-    image: np.ndarray
-    label: np.ndarray
-    spacing: tuple[float, float, float]
-    classes: int
+    image: np.ndarray  # (C, D, H, W), prepared
+    label: np.ndarray  # (D, H, W) uint8, class indices as in the store; `IGNORED` where the label is unknown
+    spacing: tuple[float, float, float]  # voxel size along D, H, W in mm
+    classes: int  # K, the number of the store's labels, and the background
 
 
 def labelled_records(store: Store, subjects: Sequence[str] | None = None) -> list[Entry]:
@@ -85,23 +77,18 @@ def carry_over(
     """Class probabilities of a prepared scan from the labels of atlases that are registered to it.
 
     Of several channels the first one that the scan and all atlases have is registered and compared. With one thread
-    the same input gives the same bits.
+    the same input gives the same bits. An ImportError without ANTs; a ValueError for no atlas, an unknown fusion, no
+    common channel, or a registration that failed.
 
     Args:
-        scan: `(C, D, H, W)`.
-        spacing: its voxel size along D, H, W in mm.
+        scan, spacing: `(C, D, H, W)`, and its voxel size along D, H, W in mm.
         atlases: one or more of one store, whose channels are those of the scan.
-        fusion: "majority", of one atlas its labels as they are; or "joint" for joint label fusion, which also corrects
-            those of one atlas.
+        fusion: "majority" for the fractions of votes, of one atlas 0 or 1; or "joint" for joint label fusion, which
+            also corrects the labels of one atlas.
         progress: show a progress bar of atlases.
 
     Returns:
-        `(K, D, H, W)` float32. "majority" gives the fractions of votes, of one atlas 0 or 1. Voxels that all atlases
-        ignore are 0 in all classes, and others sum to 1.
-
-    Raises:
-        ImportError: ANTs is not installed.
-        ValueError: no atlas, an unknown fusion, no common channel, or a registration that failed.
+        `(K, D, H, W)` float32. Voxels that all atlases ignore are 0 in all classes, and others sum to 1.
     """
     check_choice("fusion", fusion, FUSIONS)
     if not atlases:
@@ -129,10 +116,7 @@ def load_ants(threads: int | None = None) -> Any:
 
 
 def majority(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Fractions of the votes of atlases; one that ignores a voxel has no vote there.
-
-    From class indices and `IGNORED` `(A, D, H, W)` uint8 to `(K, D, H, W)` float32.
-    """
+    """Fractions of the votes of atlases that do not ignore a voxel: `(A, D, H, W)` uint8 -> `(K, D, H, W)` float32."""
     votes = np.zeros((classes, labels[0].size), np.float32)
     for label in labels:
         (voting,) = np.nonzero(label.ravel() != IGNORED)
@@ -175,11 +159,9 @@ def _joint(
 ) -> np.ndarray:
     """Joint label fusion within `SEARCH` voxels of any label's boundary; elsewhere there is one label to choose from.
 
-    At each voxel of a mask ANTs finds the patch of each atlas, within the radius of the search, that is most like the
-    scan's, weighs it, and adds its votes to all voxels of the patch. So that the voxels near boundaries get what fusion
-    of the whole volume would give them, the mask is these dilated by the patch, and the volume a box around it that has
-    all patches which are compared. One atlas is given twice, as ANTs takes two or more: the search alone corrects it.
-
+    At each voxel of a mask ANTs weighs the patch of each atlas, within the search, that is most like the scan's, and
+    adds its votes to all voxels of the patch. So that voxels near boundaries get what fusion of the whole volume would
+    give them, the mask is these dilated by the patch, and the volume a box around all patches that are compared.
     The scan is `(D, H, W)`, images and labels `(A, D, H, W)` on its grid; the votes `(K, D, H, W)` are changed.
     """
     window = 2 * SEARCH + 1
@@ -187,7 +169,7 @@ def _joint(
     near &= votes.any(axis=0)  # what all atlases ignore stays without a class
     if not near.any():
         return votes
-    if len(labels) == 1:
+    if len(labels) == 1:  # ANTs takes two or more; the search alone corrects it
         images, labels = images.repeat(2, axis=0), labels.repeat(2, axis=0)
     mask = ndimage.maximum_filter(near, size=2 * PATCH + 1)
     margin = PATCH + SEARCH
@@ -230,10 +212,8 @@ def _array(image: Any) -> np.ndarray:
 def average(votes: Tensor, probabilities: Tensor, atlases: int, channels: Sequence[int]) -> Tensor:
     """The mean of the votes of A atlases and the probabilities of networks, which count as `NETWORK_VOTES` atlases.
 
-    Args:
-        votes: `(K, D, H, W)`; where they are 0 in all classes, the networks decide.
-        probabilities: `(K', D, H, W)`, where K' counts a pair of joined sides once, as the result.
-        channels: of the networks, for each of the K classes.
+    Where the votes `(K, D, H, W)` are 0 in all classes, the networks decide. Their probabilities `(K', D, H, W)` and
+    the result count a pair of joined sides once; `channels` are those of each of the K classes.
     """
     joined = torch.zeros_like(probabilities).index_add_(0, torch.tensor(channels), votes)
     share = atlases / (atlases + NETWORK_VOTES)
@@ -243,19 +223,15 @@ def average(votes: Tensor, probabilities: Tensor, atlases: int, channels: Sequen
 class AtlasSegmenter:
     """Labelled scans of a store as atlases, which label new scans as a `Segmenter` does.
 
+    An ImportError without ANTs; a ValueError for a store without labels, subjects without a labelled scan, an unknown
+    fusion, damaged arrays, a skull stripping command and no `strip`, or networks of other labels or preparation.
+
     Args:
         subjects: whose labelled scans are the atlases.
-        networks: trained on scans that were prepared as the store's, with its labels; their probabilities are averaged
-            with the votes of the atlases, see `NETWORK_VOTES`.
+        networks: trained on scans that were prepared as the store's, with its labels; see `average`.
         fusion: of several atlases, see `carry_over`.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of the store.
         workers: processes that segment scans at the same time; each of several has one thread.
-
-    Raises:
-        ImportError: ANTs is not installed.
-        ValueError: a store without labels, subjects without a labelled scan, an unknown fusion, damaged arrays; or a
-            store that was skull-stripped by a command, and no `strip`; networks of other labels, channels or
-            preparation.
     """
 
     def __init__(
@@ -344,15 +320,15 @@ class AtlasSegmenter:
 
     def record(self) -> dict[str, Any]:
         """What label maps depend on beside the scan, as plain data."""
-        networks = self.networks
-        used: dict[str, Any] = {}
-        if networks is not None:
+        of_networks: dict[str, Any] = {}
+        if (networks := self.networks) is not None:
             used = {"votes": NETWORK_VOTES, "overlap": networks.overlap, "precision": networks.settings.precision}
+            of_networks = {"networks": networks.described() | used}
         return {
             "atlases": {record["id"]: {"subject": record["subject"], **record["arrays"]} for record in self.records},
             "fusion": self.fusion,
             "antspyx": self.version,
             "labels": {str(value): name for value, name in self.store.labels.items()},
             "prepare": self.preprocessor.settings.as_json(),
-            **({} if networks is None else {"networks": networks.described() | used}),
+            **of_networks,
         }

@@ -44,12 +44,9 @@ def feature_health(features: Tensor) -> dict[str, float]:
     """Variance of the features `(V, L, E)` between volumes, and the number of directions in which they vary.
 
     The mean over volumes at each position is subtracted first: a collapsed encoder may still encode positions. Of a
-    single volume the mean over positions is subtracted instead.
-
-    Returns:
-        "effective_rank", the exponential of the entropy of the normalised singular values (RankMe, Garrido et al.,
-        ICML 2023; there without subtracting the mean): r for r directions of equal strength, 0 for constant features.
-        "feature_variance", the mean over the E dimensions.
+    single volume the mean over positions is subtracted instead. "effective_rank" is the exponential of the entropy of
+    the normalised singular values (RankMe, Garrido et al., ICML 2023; there without subtracting the mean): r for r
+    directions of equal strength, 0 for constant features. "feature_variance" is the mean over the E dimensions.
     """
     exact = features.double()
     left = (exact - exact.mean(dim=0 if len(features) > 1 else 1, keepdim=True)).flatten(0, 1)
@@ -70,12 +67,8 @@ def freedom(features: Tensor) -> int:
 def alarms(metrics: Mapping[str, float], width: int, error: Sequence[str], *, warm: bool) -> list[str]:
     """Signs in the metrics of a validation that pretraining has failed, a line each.
 
-    Args:
-        metrics: "effective_rank", "feature_variance", the two errors, and with labels "linear_dice" and
-            "linear_dice_first".
-        width: E of the encoder, or the largest possible rank if that is smaller: 0 for a single token.
-        error: names of the method's error and of a trivial predictor's.
-        warm: the warm-up is over; before that the error may be any.
+    `width` is E of the encoder, or the largest possible rank if that is smaller: 0 for a single token. `error` are the
+    names of the method's error and of a trivial predictor's, which count once the warm-up is over (`warm`).
     """
     lines, rank, variance = [], metrics["effective_rank"], metrics["feature_variance"]
     if width and (rank < COLLAPSED * width or variance < FLAT):
@@ -110,13 +103,9 @@ def linear_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Seque
     closed form; the volumes' matrices are computed once. Soft Dice of fractions p (clamped to 0 and 1) and t is
     2 sum(p t) / sum(p^2 + t^2) (Milletari et al., 3DV 2016): 1 where they are equal.
 
-    Args:
-        dataset: labelled crops of at least two volumes; the first ones are taken. At random places, `PLACES` crops of
-            each: the place in the volume is then not known from the place in the crop.
-        names: of the classes 1, 2, ...
-
-    Returns:
-        "linear_dice_NAME" of each class in the crops, over all volumes together, and "linear_dice", their mean.
+    The dataset has labelled crops of at least two volumes, of which the first are taken. At random places there are
+    `PLACES` crops of each: the place in the volume is then not known from the place in the crop. `names` are those of
+    the classes 1, 2, ...: "linear_dice_NAME" is over all volumes together, and "linear_dice" the mean of the classes.
     """
     places = 1 if dataset.crop == "centre" else PLACES
     crops = list(first_crops(dataset, places))
@@ -129,8 +118,7 @@ def linear_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Seque
         gram, products = (sum(parts, torch.zeros(())) for parts in zip(*equations, strict=True))
         overlap, size = torch.zeros(2, len(names), dtype=torch.float64)
         for tokens, truth, (own_gram, own_products) in zip(features, fractions, equations, strict=True):
-            weights = solve_ridge(gram - own_gram, products - own_products)
-            found = predict_linear(weights, tokens).clamp(0, 1)
+            found = predict_linear(solve_ridge(gram - own_gram, products - own_products), tokens).clamp(0, 1)
             overlap += (found * truth).sum(dim=0)
             size += (found.square() + truth.square()).sum(dim=0)
     present = fractions.amax(dim=(0, 1)) > 0
@@ -140,10 +128,7 @@ def linear_dice(encoder: SWViT | SwinPatches, dataset: CropDataset, names: Seque
 
 
 def class_fractions(label: Tensor, patch_size: int, classes: int) -> Tensor:
-    """The fraction of each patch's voxels that are of class 1, 2, ..., K: `(1, D, H, W)` -> `(L, K)` float32.
-
-    An ignored voxel has no class.
-    """
+    """The fraction of each patch's voxels of class 1, 2, ..., K, ignored ones of none: `(1, D, H, W)` -> `(L, K)`."""
     patches = patchify(label[None], patch_size)[0].long()  # L s^3
     counts = torch.zeros(len(patches), IGNORED + 1).scatter_add_(1, patches, torch.ones(patches.shape))
     return counts[:, 1 : classes + 1] / patches.shape[1]
@@ -169,12 +154,8 @@ def predict_linear(weights: Tensor, features: Tensor) -> Tensor:
 class FeatureHealth:
     """What a pretraining run measures of its encoder at each validation, beside the method's error.
 
-    Args:
-        method: whose encoder is measured, with its first weights: the linear probe's Dice of these is what pretraining
-            has to exceed.
-        validation: crops that it is not trained on, without augmentation.
-        labelled: see `open_labelled`; or None.
-        warmup: steps before the method's error has to be lower than the trivial predictor's.
+    The method has its first weights, whose Dice by the linear probe is what pretraining has to exceed; the crops are
+    not trained on. `labelled`: see `open_labelled`; or None. `warmup`: steps before the error counts.
     """
 
     def __init__(
@@ -203,15 +184,9 @@ class FeatureHealth:
 def open_labelled(
     path: str, channels: Sequence[str], size: Sequence[int], placement: str
 ) -> tuple[CropDataset, list[str]]:
-    """Labelled crops for the linear probe, and the names of their classes.
+    """Labelled crops of a store for the linear probe, of the training's size and placement; the names of their classes.
 
-    Args:
-        path: a store with labels.
-        channels: that the network is trained on.
-        size, placement: of the crops, as in training.
-
-    Raises:
-        ValueError: no store, other channels, or less than two volumes with labels.
+    A ValueError for no store, other channels than the network is trained on, or less than two volumes with labels.
     """
     store = Store(path)
     labelled = [record for record in store.records if "label" in record["arrays"]]

@@ -1,10 +1,11 @@
-"""From network outputs to label maps on a scan's own grid.
+"""From network outputs to label maps on a scan's own grid, and how certain these are.
 
 Labels are either exclusive classes, compared by softmax, or nested regions, each with a sigmoid of its own.
 Letters: K classes (background first) or R regions; prepared volumes `D H W`; native volumes `(x, y, z)` as in the
 scan's file. Probabilities are resampled and compared one at a time, because a native grid may be large.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,27 +18,20 @@ import torch
 from torch import Tensor
 
 from asa.data.io.nifti import Volume, write_image, write_label
-from asa.data.preprocessing.pipeline import distance_to_the_right, to_native
-from asa.inference.uncertainty import expected_dice
+from asa.data.preprocessing.midsagittal import distance_to_the_right
+from asa.data.preprocessing.pipeline import to_native
 from asa.ops.labels import joined_sides, side_of
 from asa.ops.nested import paint, painting_order
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the output channels of a segmentation network stand for, and how they become a label map.
+    """What the output channels of a segmentation network stand for, and how they become a label map."""
 
-    Args:
-        labels: label value -> name.
-        regions: name -> label values that it joins; {} for exclusive classes.
-        lateral_pairs: `[left, right]` names of labels that are exchanged by mirroring.
-        join_sides: the classes of each such pair have one channel, and are separated by the mid-sagittal plane.
-    """
-
-    labels: dict[int, str]
-    regions: dict[str, list[int]] = field(default_factory=dict)
-    lateral_pairs: Sequence[Sequence[str]] = ()
-    join_sides: bool = False
+    labels: dict[int, str]  # value -> name
+    regions: dict[str, list[int]] = field(default_factory=dict)  # name -> values that it joins; {}: exclusive classes
+    lateral_pairs: Sequence[Sequence[str]] = ()  # `[left, right]` names of labels that are exchanged by mirroring
+    join_sides: bool = False  # each such pair has one channel, which the mid-sagittal plane divides
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Outputs":
@@ -71,25 +65,20 @@ class Outputs:
         return ["background", *(self.labels[value] for value in sorted(self.labels))]
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities `(K or R, D, H, W)` of logits: a sigmoid per region if there are regions, else a softmax."""
+        """Probabilities `(K or R, D, H, W)` of logits."""
         return logits.sigmoid() if self.regions else logits.softmax(dim=0)
 
     def native_label_map(
         self, probabilities: Tensor, chain: dict[str, Any], like: Volume, files: Sequence[Path] | None = None
     ) -> np.ndarray:
-        """Resample the probabilities of a prepared scan to its own grid and choose the labels there.
+        """Resample the probabilities of a prepared scan to its own grid and choose the label values `(x, y, z)` there.
+
+        A ValueError where sides are joined, and the scan has no mid-sagittal plane.
 
         Args:
             probabilities: `(K or R, D, H, W)` on the CPU; where sides are joined, K counts a pair once.
-            chain: the preprocessing steps of the scan, to be undone.
-            like: the scan as it was read.
+            chain, like: the preprocessing steps of the scan, to be undone; and the scan as it was read.
             files: where the probability of each of `names` is written; None writes none.
-
-        Returns:
-            Label values `(x, y, z)`.
-
-        Raises:
-            ValueError: sides are joined, and the scan has no mid-sagittal plane.
         """
 
         def native(volume: np.ndarray) -> np.ndarray:
@@ -112,10 +101,7 @@ class Outputs:
         return distance_to_the_right(chain, torch.isin(probabilities.argmax(dim=0), paired).numpy())
 
     def _on_its_side(self, k: int, volume: Any, right: Any) -> Any:
-        """A class's probabilities or mask (array or tensor), 0 on the other side if it shares a channel with a partner.
-
-        `right`: bool, the voxels right of the mid-sagittal plane; None without joined sides.
-        """
+        """A class's probabilities or mask, 0 on the other side if it shares a channel; `right`: None without sides."""
         sides = {name: side for pair in self.lateral_pairs for name, side in zip(pair, (False, True), strict=True)}
         side = sides.get(self._classes[k])
         return volume if right is None or side is None else volume * (right == side)
@@ -123,13 +109,9 @@ class Outputs:
     def label_map(
         self, probabilities: Iterable[np.ndarray], like: Volume, files: Sequence[Path] | None = None
     ) -> np.ndarray:
-        """Choose the label of each voxel from probabilities on the scan's own grid.
+        """The label value of each voxel: the class of highest probability, or the innermost region above one half.
 
-        Args:
-            probabilities: `(x, y, z)` of each of R regions, or of the K - 1 classes without the background.
-
-        Returns:
-            Label values `(x, y, z)`: the class of highest probability, or the innermost region above one half.
+        Probabilities `(x, y, z)` are of each of R regions, or of the K - 1 classes without the background.
         """
         if self.regions:
             written = _written(probabilities, files, like)
@@ -150,10 +132,7 @@ class Outputs:
     def write(
         self, out: Path, probabilities: Tensor, chain: dict[str, Any], like: Volume, files: Sequence[Path] | None
     ) -> dict[str, float]:
-        """Write the label map of a prepared scan on the scan's own grid, with its header; returns its `volumes`.
-
-        Arguments as of `native_label_map`; the folders of `out` and of the files exist.
-        """
+        """Write the `native_label_map`, with the scan's header, into folders that exist; returns its `volumes`."""
         label_map = self.native_label_map(probabilities, chain, like, files)
         write_label(out, label_map, like, make_folder=False)
         return self.volumes(label_map, like.affine)
@@ -181,28 +160,22 @@ class Outputs:
         }
 
     def mirrored(self) -> list[int]:
-        """For each channel, the one that replaces it in the mirror image.
-
-        Raises:
-            ValueError: a label whose name contains a side and has no partner, or a region without a partner.
-        """
-        paired = {name for pair in self.lateral_pairs for name in pair}
+        """For each channel, the one that replaces it in the mirror image; a ValueError if one has no partner."""
+        partner = {name: pair[1 - k] for pair in self.lateral_pairs for k, name in enumerate(pair)}
         for name in self.labels.values():
-            if side_of(name) and name not in paired:
+            if side_of(name) and name not in partner:
                 raise ValueError(
                     f"mirror=true: the name of the label {name!r} contains a side, but the checkpoint lists no partner "
                     "for it: give mirror=false, or fine-tune with data.lateral_pairs"
                 )
-        value_of = {name: value for value, name in self.labels.items()}
-        partner = {value: value for value in (0, *sorted(self.labels))}
-        for left, right in self.lateral_pairs:
-            partner[value_of[left]], partner[value_of[right]] = value_of[right], value_of[left]
         if not self.regions:
-            classes, channels = [list(partner).index(value) for value in partner.values()], self.channels
-            return [channels[classes[channels.index(channel)]] for channel in range(max(channels) + 1)]
-        sets, indices = [set(joined) for joined in self.regions.values()], []
-        for name, joined in self.regions.items():
-            if (others := {partner[value] for value in joined}) not in sets:
+            classes, channels = self._classes, self.channels
+            mirrored = [channels[classes.index(partner.get(name, name))] for name in classes]
+            return [mirrored[channels.index(channel)] for channel in range(max(channels) + 1)]
+        labels, indices = {0: "background"} | self.labels, []
+        sets = [{labels[value] for value in joined} for joined in self.regions.values()]
+        for name, joined in zip(self.regions, sets, strict=True):
+            if (others := {partner.get(label, label) for label in joined}) not in sets:
                 raise ValueError(
                     f"the region {name!r} has no partner that joins the labels of the other side: declare one"
                 )
@@ -229,3 +202,54 @@ def _written(probabilities: Iterable[np.ndarray], files: Sequence[Path] | None, 
         if file is not None:
             write_image(file, probability, like.affine, make_folder=False)
         yield probability
+
+
+# ---- uncertainty ----
+
+
+def entropy_map(probabilities: Tensor, *, regions: bool) -> Tensor:
+    """Entropy of each voxel's label, divided by its maximum: `(K or R, D, H, W)` -> `(D, H, W)` from 0 to 1.
+
+    Regions are yes or no each: of theirs the largest counts.
+    """
+    p = probabilities.clamp(0, 1)
+    if regions:
+        return ((torch.special.entr(p) + torch.special.entr(1 - p)) / math.log(2)).amax(dim=0)
+    return torch.special.entr(p).sum(dim=0) / math.log(len(p))
+
+
+def write_map(path: Path, values: Tensor, chain: dict[str, Any], like: Volume) -> np.ndarray:
+    """Write a map `(D, H, W)` of a prepared scan on the scan's own grid `(x, y, z)`, and return what was written."""
+    native: np.ndarray = to_native(values[None].numpy(), chain)[0]
+    write_image(path, native, like.affine, make_folder=False)
+    return native
+
+
+class RunningSpread:
+    """Mean, and standard deviation over the members of an ensemble, of probabilities that are added one by one."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, probabilities: Tensor) -> None:
+        """Add a member's `(K or R, D, H, W)` (Welford, Technometrics 1962)."""
+        self.count += 1
+        difference = probabilities - self.mean
+        self.mean = self.mean + difference / self.count
+        self.squares = self.squares + difference * (probabilities - self.mean)
+
+    def map(self) -> Tensor:
+        """Standard deviation over the members, of the class or region where it is largest: `(D, H, W)`, 0 to 0.5."""
+        return (self.squares / self.count).sqrt().amax(dim=0)
+
+
+def expected_dice(probability: Tensor, mask: Tensor) -> float:
+    """The Dice that a predicted mask would have on average with a truth drawn from its probability, voxel by voxel.
+
+    It is 2 sum(p in the mask) / (size of the mask + sum(p)), the ratio of the expected values, which is close to the
+    expected ratio for masks of many voxels; and the true Dice to the extent that probabilities are calibrated. Both are
+    `(D, H, W)`; NaN where there is neither a mask nor any probability.
+    """
+    both = float((probability * mask).sum(dtype=torch.float64))
+    sizes = float(mask.sum()) + float(probability.sum(dtype=torch.float64))
+    return 2 * both / sizes if sizes else math.nan

@@ -34,12 +34,8 @@ BIDSIGNORE = f"{VOLUMES}\n{ATLASES}\n*_uncertainty.nii.gz\n"
 class Layout:
     """The files of each scan's predictions, by the scan's id.
 
-    `OUT/ID.nii.gz`, `OUT/probabilities/ID/CLASS.nii.gz`, `OUT/uncertainty/ID.nii.gz`.
-
-    Args:
-        ending: of the images, `.nii.gz` or `.mgz`.
-        table: of the scans, which is begun before the first image: by it the folder is known as one of asa-predict.
-            None where no images are written.
+    `OUT/ID.nii.gz` (or `.mgz`), `OUT/probabilities/ID/CLASS.nii.gz`, `OUT/uncertainty/ID.nii.gz`. The table of scans is
+    begun before the first image: by it the folder is known as one of asa-predict. It is None without any images.
     """
 
     def __init__(self, out: Path, ending: str = ".nii.gz", table: str | None = None) -> None:
@@ -76,13 +72,7 @@ class Layout:
 class BidsDerivative(Layout):
     """`OUT/sub-*/[ses-*/]anat/*_dseg.nii.gz` and `*_label-*_probseg.nii.gz`, with sidecars and what describes them all.
 
-    Args:
-        out: root of the derivative, like BIDS/derivatives/asa.
-        outputs: the labels or regions that are predicted.
-        made_by: what predicts them, for the sidecars.
-
-    Raises:
-        ValueError: names of labels that BIDS cannot hold, or cannot tell apart.
+    The sidecars say what predicts, `made_by`. A ValueError for names of labels that BIDS cannot hold, or tell apart.
     """
 
     def __init__(self, out: Path, outputs: Outputs, made_by: Mapping[str, Any], probabilities: bool) -> None:
@@ -100,9 +90,8 @@ class BidsDerivative(Layout):
     def begin(self, scans: Mapping[str, Sequence[str]]) -> None:
         """Name the results of all scans, and write what is written once.
 
-        Raises:
-            ValueError: files outside a BIDS dataset, of two datasets, or that would give one name; or a folder that
-                holds anything but predictions of these labels for this dataset.
+        A ValueError for files outside a BIDS dataset, of two datasets, or that would give one name; or a folder that
+        holds anything but predictions of these labels for this dataset.
         """
         files = {id: [Path(os.path.abspath(path)) for path in paths] for id, paths in scans.items()}
         roots = {bids_root(path): path for paths in files.values() for path in paths}
@@ -134,21 +123,14 @@ class BidsDerivative(Layout):
         return self._file(id, "uncertainty.nii.gz")
 
     def describe(self, id: str) -> None:
-        described = [(self.label_map(id), "Label map: see dseg.tsv")]
-        if self.with_probabilities:
-            notes = (f"Probability of {name}, from 0 to 1" for name in self.outputs)
-            described += zip(self.probabilities(id), notes, strict=True)
-        resolution = {"Resolution": "that of the source image"} if "res" in self.entities[id] else {}
-        for file, note in described:
-            about = {
-                "Description": note,
-                "Manual": False,
-                "Sources": self.sources[id],
-                "SpatialReference": self.sources[id][0],
-                **resolution,
-                "GeneratedBy": self.software,
-            }
-            write_json(file.with_name(file.name.replace(".nii.gz", ".json")), about)
+        described = {self.label_map(id): "Label map: see dseg.tsv"}
+        for file, name in zip(self.probabilities(id), self.outputs, strict=True) if self.with_probabilities else ():
+            described[file] = f"Probability of {name}, from 0 to 1"
+        about = {"Manual": False, "Sources": self.sources[id], "SpatialReference": self.sources[id][0]}
+        about |= {"Resolution": "that of the source image"} if "res" in self.entities[id] else {}
+        for file, note in described.items():
+            sidecar = file.with_name(file.name.replace(".nii.gz", ".json"))
+            write_json(sidecar, {"Description": note, **about, "GeneratedBy": self.software})
 
     def _file(self, id: str, suffix: str, **entities: str) -> Path:
         named = self.entities[id] | entities
@@ -187,10 +169,7 @@ class BidsDerivative(Layout):
 
 
 def bids_root(path: Path) -> Path:
-    """The folder of the dataset that an image belongs to, by its place `ROOT/sub-*/[ses-*/]DATATYPE/sub-*_SUFFIX`.
-
-    A ValueError if it has no such place, or a name that does not agree with it.
-    """
+    """ROOT of an image at `ROOT/sub-*/[ses-*/]DATATYPE/sub-*_SUFFIX`; a ValueError for another place or name."""
     entities = entities_of(path)
     folders = [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]
     above = path.parents[len(folders) + 1 :]
@@ -228,18 +207,17 @@ def label_maps_of(predictions: Path) -> dict[str, Path]:
         return {
             path.name.removesuffix(end): path for end in (".mgz", ".nii.gz") for path in predictions.glob(f"*{end}")
         }
-    files = {
-        path.relative_to(predictions).as_posix(): path for path in matching_files(predictions, "sub-*/**/*_dseg.nii.gz")
-    }
-    if not (predictions / VOLUMES).is_file():
-        found: dict[str, Path] = {}
-        for path in files.values():
-            id = scan_of(entities_of(path))
-            if found.setdefault(id, path) != path:
-                raise ValueError(f"{predictions}: both {found[id].name} and {path.name} are of {id}: leave one there")
-        return found
-    rows = read_rows(predictions / VOLUMES)
-    return {row["id"]: files[row["file"]] for row in rows if "id" in row and row.get("file") in files}
+    paths = matching_files(predictions, "sub-*/**/*_dseg.nii.gz")
+    if (predictions / VOLUMES).is_file():
+        files = {path.relative_to(predictions).as_posix(): path for path in paths}
+        rows = read_rows(predictions / VOLUMES)
+        return {row["id"]: files[row["file"]] for row in rows if "id" in row and row.get("file") in files}
+    found: dict[str, Path] = {}
+    for path in paths:
+        id = scan_of(entities_of(path))
+        if found.setdefault(id, path) != path:
+            raise ValueError(f"{predictions}: both {found[id].name} and {path.name} are of {id}: leave one there")
+    return found
 
 
 def source_of(label_map: Path) -> str:

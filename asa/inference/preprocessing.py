@@ -11,15 +11,13 @@ import torch
 
 from asa.config import written
 from asa.data.io.nifti import Volume, identity_of, read_image, spacing_of, to_ras
-from asa.data.preprocessing.pipeline import prepare_case
+from asa.data.preprocessing.pipeline import Case, prepare_case
 from asa.data.preprocessing.scan import intensity_statistics
 from asa.data.preprocessing.settings import PrepareSettings, differences
-from asa.data.preprocessing.steps import Case
 from asa.data.store import Store
 from asa.errors import reason_of
 from asa.settings import LARGEST_OVERLAP
 
-MEASURED = ("mean", "sd")  # of the normalised intensities
 VOLUME_TOLERANCE = 0.25  # of the training scans' smallest and largest brain, beyond which a scan is warned about
 INTENSITY_TOLERANCE = 0.1  # the same of mean and SD, in units of the normalised intensities
 OWN_COMMAND = "COMMAND {image} {mask}"  # in place of a skull stripping command; the user has to give one
@@ -35,18 +33,13 @@ SPACING_TOLERANCE = 0.1  # relative difference from the training scans' voxel si
 def training_scan_metadata(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Metadata of the training scans that a checkpoint keeps for prediction, from their records in the store.
 
-    Returns:
-        "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", the smallest and the
-        largest of each of `scan_measures`.
+    "spacing", the smallest and the largest voxel size in mm along D, H, W; and "range", those of `scan_measures`.
     """
     sizes = np.array([voxel_size(record["chain"]["stored_affine"]) for record in records])
     spacing = [sizes.min(axis=0).tolist(), sizes.max(axis=0).tolist()]
     measures = [scan_measures(record["quality"], record["intensity"]) for record in records]
-    found: dict[str, list[float]] = {}
-    for name in measures[0]:
-        values = [one[name] for one in measures if name in one]
-        found[name] = [min(values), max(values)]
-    return {"spacing": spacing, "range": found}
+    values = {name: [one[name] for one in measures if name in one] for name in measures[0]}
+    return {"spacing": spacing, "range": {name: [min(found), max(found)] for name, found in values.items()}}
 
 
 def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -54,7 +47,7 @@ def scan_measures(quality: Mapping[str, Any], intensity: Mapping[str, Mapping[st
 
     `intensity` holds the `intensity_statistics` of each channel; {} for one that the scan lacks.
     """
-    named = {f"{name} {channel}": found[name] for channel, found in intensity.items() if found for name in MEASURED}
+    named = {f"{name} {channel}": one[name] for channel, one in intensity.items() if one for name in ("mean", "sd")}
     return {"brain_ml": quality["brain_ml"], **named}
 
 
@@ -89,10 +82,7 @@ def other_voxel_sizes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[
 
 
 def check_finite(values: Any, what: str) -> None:
-    """Raise a ValueError if an array or tensor, named in words, is not finite.
-
-    Of what goes into a network, or comes out of it: NaN would become a label, a volume or a class like any other.
-    """
+    """Raise a ValueError if an array or tensor is not finite: NaN would become a label or a class like any other."""
     finite = values.isfinite() if isinstance(values, torch.Tensor) else np.isfinite(values)
     if not bool(finite.all()):
         raise ValueError(f"{what} has values that are not finite: the weights, or the scan's intensities, are unusable")
@@ -104,10 +94,7 @@ def voxel_size(affine: Any) -> np.ndarray:
 
 
 def check_metadata(path: str, data: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an entry of another kind than asa writes in the metadata of a checkpoint.
-
-    The checkpoint may come from anybody; the message names it and the entry.
-    """
+    """Raise a ValueError for an entry of another kind than asa writes in the metadata of a checkpoint of anybody's."""
     try:
         regions = dict(data.get("regions", ()))
         for names in data["channels"], [*data.get("labels", {}).values()], [*regions], data.get("classes", []):
@@ -158,8 +145,7 @@ def without_command(data: Mapping[str, Any]) -> dict[str, Any]:
 def of_modality(path: str, data: Mapping[str, Any], channels: Collection[str] | None) -> Mapping[str, Any]:
     """The metadata of the training scans with these channels, where they are of several modalities; else `data`.
 
-    Raises:
-        ValueError: several modalities, and none is given or another one; the message names the checkpoint, `path`.
+    A ValueError for several modalities, of which the channels are none; it names the checkpoint, `path`.
     """
     modalities: Mapping[str, Any] = data.get("modalities", {})
     for one in modalities.values():
@@ -175,16 +161,14 @@ def of_modality(path: str, data: Mapping[str, Any], channels: Collection[str] | 
 class ScanPreprocessor:
     """Preprocesses new scans with the settings of a checkpoint's training scans, or of the scans of a store.
 
+    A ValueError for unusable metadata, a skull stripping command without `strip`, or as of `of_modality`.
+
     Args:
         path: of the checkpoint or the store, and `scans`, what it holds, for messages.
         data: the metadata of these scans that a checkpoint holds.
         strip: skull stripping of raw scans, as in `PrepareSettings`; None: that of these scans.
         channels: of the new scans, which say the modality where the training scans are of several.
         networks: the metadata of all networks that predict the scans; None: of one network, `data`.
-
-    Raises:
-        ValueError: unusable metadata; the training scans were skull-stripped by a command, and `strip` is None; or as
-            `of_modality`.
     """
 
     def __init__(
@@ -215,7 +199,7 @@ class ScanPreprocessor:
 
     def saw(self, scan: Volume) -> bool | None:
         """Whether the network, or what it started from, was trained on a raw scan, its first channel; None: unknown."""
-        known = [one["scans"] for one in self.networks if "scans" in one]  # digests, see `asa.data.leakage`
+        known = [one["scans"] for one in self.networks if "scans" in one]  # digests, see `asa.data.splits`
         if known and (digest := identity_of(scan)) and any(digest in scans for scans in known):
             return True
         return None if len(known) < len(self.networks) else False
@@ -223,19 +207,16 @@ class ScanPreprocessor:
     def prepare(self, images: Mapping[str, str | Path | None]) -> tuple[Case, Volume]:
         """The prepared scan of a file per channel, as `asa-prepare` makes it, and the first channel as it was read.
 
-        Raises:
-            FileNotFoundError, ValueError: unreadable files; missing or unknown channels; or a voxel size that differs
-                from the training scans' and cannot be resampled to it.
+        A FileNotFoundError or ValueError for unreadable files, missing or unknown channels, or another voxel size than
+        the training scans' that cannot be resampled to it.
         """
         self.check_channels(images)
-        volumes: dict[str, Volume | None] = {}
+        volumes: dict[str, Volume] = {}
         for channel in self.channels:
-            path = images[channel]
-            if path is None:
+            if (path := images[channel]) is None:
                 raise ValueError(f"no file for the channel {channel}, which is needed")
             volumes[channel] = read_image(path, nan=self.settings.nan)
         like = volumes[self.channels[0]]
-        assert like is not None
         case = prepare_case(volumes, None, {}, self._settings_for(like))
         statistics = map(intensity_statistics, case.image)
         self.warn_outside_range(case.quality, dict(zip(self.channels, statistics, strict=True)))
@@ -247,7 +228,7 @@ class ScanPreprocessor:
             raise ValueError(f"{self.path} takes the channels {', '.join(self.channels)}, got {', '.join(channels)}")
 
     def check_store(self, store: Store, advice: str) -> None:
-        """Raise a ValueError, which says how and gives advice, if a store was prepared in another way than these scans.
+        """Raise a ValueError, which gives advice, if a store was prepared in another way than these scans.
 
         With `strip` given its scans may have been stripped in that way, too: whoever gives it says that it is as good.
         """

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from asa.data.datasets import bids, folder, nnunet
 from asa.data.datasets.record import Record, check_distinct, is_label_map, make_record, sorted_records
-from asa.data.io.files import NOT_HERE, failure_lines
-from asa.data.io.nifti import IMAGE_ENDINGS, VOLUME_ENDINGS, Volume, identity_of, read_image
+from asa.data.io.files import IMAGE_ENDINGS, NOT_HERE, VOLUME_ENDINGS, failure_lines
+from asa.data.io.nifti import Volume, identity_of, read_image
 from asa.data.io.parallel import each_tried
 from asa.data.io.tables import TRAINED_ON, notes_of
 from asa.data.splits import select
@@ -36,14 +36,10 @@ class ScanPredictor(Protocol):
     preprocessor: ScanPreprocessor
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> Any:
-        """Predict a prepared volume, and return what `predict_each` hands on: by column, the scan's cells of a table.
+        """Predict a prepared volume `(C, D, H, W)`, and return what `predict_each` hands on: the cells of a table.
 
-        To such a dict `predict_each` adds a cell: whether the network was trained on the scan.
-
-        Args:
-            image: `(C, D, H, W)`, of a store, or just prepared from a raw scan.
-            chain: its preprocessing steps.
-            like: the raw scan, of several channels the first one, for its grid and header.
+        To such a dict, by column, it adds a cell: whether the network was trained on the scan. `chain` are the volume's
+        preprocessing steps, and `like` is the raw scan, of several channels the first one, for its grid and header.
         """
 
     def finish(self, found: Mapping[str, Any]) -> str:
@@ -69,18 +65,11 @@ def predict_each(
     remaining: Callable[[Sequence[Scan]], Sequence[Scan]] | None = None,
     done: Callable[[str, Any], None] | None = None,
 ) -> None:
-    """Predict scans one by one; a scan that fails is named, and the others are done.
+    """Predict scans one by one; a scan that fails is named, and the others are done: then a ValueError.
 
-    Args:
-        predictor: the network; it can be pickled if there are several workers.
-        layout: where the predictor writes.
-        workers: processes that predict scans at the same time; 1 predicts in this process.
-        remaining: called before the first scan, when the layout knows all of them: those that are to be predicted.
-        done: called in this process as soon as a scan is predicted, with its id and what was found of it.
-
-    Raises:
-        ValueError: scans failed.
-        FileNotFoundError: the folder of the results was removed meanwhile.
+    Several `workers`, processes, need a predictor that can be pickled. `remaining` is called before the first scan,
+    when the layout knows all of them: those that are to be predicted. `done` is called in this process as soon as a
+    scan is predicted, with its id and what was found of it. A FileNotFoundError if the results' folder was removed.
     """
     channels = predictor.preprocessor.channels
     layout.begin({scan.id: [scan.files[name] for name in channels if name in scan.files] for scan in scans})
@@ -155,15 +144,10 @@ def _stored(store: Store, preprocessor: ScanPreprocessor, record: dict[str, Any]
 def raw_scans(
     source: Path, preprocessor: ScanPreprocessor, *, images: Any = None, out: Path, in_bids: bool = False
 ) -> list[Scan]:
-    """A raw scan, or those of a folder.
+    """A raw scan, or those of a folder; a FileNotFoundError or ValueError for none, or ones that are not unique.
 
-    Args:
-        images: file pattern of each channel in a folder; None: every file, one channel.
-        out: where results go; files in it are no scans, if it lies inside the folder.
-        in_bids: without `images` find the channels t1, t2, flair and pd in a BIDS dataset by their suffixes.
-
-    Raises:
-        FileNotFoundError, ValueError: no scans, or ones that are not unique.
+    `images` are file patterns by channel (None: every file, one channel); `in_bids` finds the channels t1, t2, flair
+    and pd without them, by their suffixes. Results in an `out` inside the folder are no scans.
     """
     scans = []
     for record in _raw_records(source, preprocessor, images, out, in_bids):
@@ -180,7 +164,6 @@ def _raw(preprocessor: ScanPreprocessor, record: Record) -> Prepared:
 
 
 def _raw_records(source: Path, preprocessor: ScanPreprocessor, images: Any, out: Path, in_bids: bool) -> list[Record]:
-    """Records of a scan or a folder of scans."""
     channels = preprocessor.channels
     if source.is_dir() and not images and (cases := _nnunet_cases(source, channels)):
         return cases
@@ -271,12 +254,7 @@ def _lies_in(out: Path, source: Path, path: str | Path | None) -> bool:
 
 
 def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
-    """A scan, or those of a folder and its subfolders, by id: the path inside the folder, with _ for /.
-
-    In a BIDS dataset it is that of its reader, unless two scans would have one.
-    Hidden files, label maps by their names, and files in an `out` inside the folder are left out. The channel number
-    of nnU-Net, _0000, is no part of the ids.
-    """
+    """The scans of `_named`: no label maps or results; ids without _0000, and in BIDS those of its reader if unique."""
     found = [(path, id) for path, id in _named(source) if not _lies_in(out, source, path)]
     label_maps = dict.fromkeys(path for path, _ in found if _is_label_map(path, source))
     found = [(path, id) for path, id in found if path not in label_maps]
@@ -290,9 +268,8 @@ def _files_by_id(source: Path, out: Path, channel: str) -> dict[str, Path]:
         found = [(path, id.removesuffix("_0000")) for path, id in found]
     scans: dict[str, Path] = {}
     for path, id in sorted(found):
-        if id in scans:
+        if scans.setdefault(id, path) != path:
             raise ValueError(f"{scans[id]} and {path} would both give {id}.nii.gz: leave one, or rename it")
-        scans[id] = path
     check_distinct(scans)
     kinds = {id.rpartition("_")[2] for id, path in scans.items() if path.name.startswith("sub-")}
     if len(kinds) > 1 and any(path.parent != source.absolute() for path in scans.values()):

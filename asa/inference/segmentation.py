@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from asa.data.io.nifti import Volume
-from asa.inference.label_maps import Outputs
+from asa.inference.label_maps import Outputs, RunningSpread, entropy_map, write_map
 from asa.inference.preprocessing import ScanPreprocessor, check_finite, check_metadata, other_voxel_sizes
-from asa.inference.uncertainty import RunningSpread, entropy_map, write_map
 from asa.ops.symmetry import flip
 from asa.settings import UNCERTAINTIES, PredictSettings, check_axes, check_choice
 from asa.training.checkpoint import read_model
@@ -42,7 +41,8 @@ def sliding_window(
 ) -> Tensor:
     """Logits of a volume of any size, from overlapping windows with Gaussian weights.
 
-    If the whole volume does not fit into GPU memory, windows are computed on the GPU and stitched on the CPU.
+    If the whole volume does not fit into GPU memory, windows are computed on the GPU and stitched on the CPU. A
+    ValueError if not even one batch of windows fits.
 
     Args:
         model: the segmentation network; its window is `encoder.img_size`.
@@ -52,39 +52,12 @@ def sliding_window(
 
     Returns:
         `(K or R, D, H, W)` float32, on the model's device or on the CPU.
-
-    Raises:
-        ValueError: one batch of windows does not fit into GPU memory.
-    """
-    try:
-        return _stitched(model, image, settings, tick, next(model.parameters()).device)
-    except torch.OutOfMemoryError:
-        pass  # leave this block first: its traceback keeps the memory allocated
-    warnings.warn("out of GPU memory: windows are stitched on the CPU, which is slower", stacklevel=2)
-    try:
-        return _stitched(model, image, settings, tick, torch.device("cpu"))
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{settings.batch_size} windows of {window_size(model)} voxels do not fit into GPU memory: "
-            "lower predict.batch_size, or give predict.device=cpu"
-        ) from error
-
-
-def _stitched(
-    model: nn.Module,
-    image: Tensor,
-    settings: PredictSettings,
-    tick: Callable[[int], Any] | None,
-    stitch_device: torch.device,
-) -> Tensor:
-    """Logits `(K or R, D, H, W)` of a volume, stitched on a device of choice.
-
-    For a network that cross-attends to the mirror image, the flipped volume is appended as further channels: a window
-    then holds the flipped box at the mirrored position too.
     """
     from monai.inferers import sliding_window_inference  # takes longer than PyTorch to import
 
     device = next(model.parameters()).device
+    # For a network that cross-attends to the mirror image, the flipped volume is appended as further channels: a window
+    # then holds the flipped box at the mirrored position too.
     mirrored = getattr(model, "mirrored", False)
     image = torch.cat([image, flip(image)]) if mirrored else image  # C or 2C, D H W
 
@@ -95,19 +68,33 @@ def _stitched(
             tick(len(windows))
         return logits
 
-    with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
-        logits = sliding_window_inference(
-            image[None].to(stitch_device, torch.float32),
-            roi_size=window_size(model),
-            sw_batch_size=settings.batch_size,
-            predictor=predict,
-            overlap=OVERLAP if settings.overlap is None else settings.overlap,
-            mode="gaussian",
-            sw_device=device,
-            device=stitch_device,
-        )
-    assert isinstance(logits, Tensor)
-    return logits[0].float()
+    def stitched(on: torch.device) -> Tensor:
+        with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
+            logits = sliding_window_inference(
+                image[None].to(on, torch.float32),
+                roi_size=window_size(model),
+                sw_batch_size=settings.batch_size,
+                predictor=predict,
+                overlap=OVERLAP if settings.overlap is None else settings.overlap,
+                mode="gaussian",
+                sw_device=device,
+                device=on,
+            )
+        assert isinstance(logits, Tensor)
+        return logits[0].float()
+
+    try:
+        return stitched(device)
+    except torch.OutOfMemoryError:
+        pass  # leave this block first: its traceback keeps the memory allocated
+    warnings.warn("out of GPU memory: windows are stitched on the CPU, which is slower", stacklevel=2)
+    try:
+        return stitched(torch.device("cpu"))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{settings.batch_size} windows of {window_size(model)} voxels do not fit into GPU memory: "
+            "lower predict.batch_size, or give predict.device=cpu"
+        ) from error
 
 
 def overlap_of(metadata: Sequence[Mapping[str, Any]]) -> float:
@@ -141,9 +128,9 @@ class Segmenter:
         plugins: packages of your own that the checkpoint's network may come from.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint, or not of a segmentation network; checkpoints that do not agree;
-            training scans that were skull-stripped by a command, and no `strip`; `mirror` with a left or right label or
-            region that has no partner; an unknown uncertainty, or a spread over a single prediction.
+        FileNotFoundError, ValueError: no segmentation network, or several that do not agree; a skull stripping command,
+            and no `strip`; `mirror` with a label or region on one side without a partner; an unknown uncertainty, or a
+            spread over a single prediction.
     """
 
     def __init__(
@@ -168,8 +155,7 @@ class Segmenter:
         check_choice("uncertainty", uncertainty, UNCERTAINTIES, "null for none")
         if uncertainty == "spread" and len(paths) == 1 and not axes:
             raise ValueError("uncertainty=spread is over an ensemble: give several checkpoints or mirror=true")
-        self.uncertainty = uncertainty
-        self.progress = progress
+        self.uncertainty, self.progress, self.paths = uncertainty, progress, paths
         self.models: list[nn.Module] = []
         self.digests: list[str] = []  # SHA-256 of the weights
         metadata: list[dict[str, Any]] = []
@@ -188,7 +174,6 @@ class Segmenter:
         for path, other in zip(paths[1:], metadata[1:], strict=True):
             _check_agreement(str(paths[0]), self.data, str(path), other)
         self.outputs = Outputs.of(self.data)
-        self.paths = paths
         self.outputs.files(Path())  # refuses names of one file here and not at the first scan
         self.mirrored_channels = self.outputs.mirrored() if "W" in axes else []
         self.preprocessor = ScanPreprocessor(str(paths[0]), self.data, strip, networks=metadata)
@@ -207,16 +192,8 @@ class Segmenter:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Segment a raw scan, a file per channel, and write the label map on the scan's own grid.
 
-        Args:
-            out: the `.nii.gz` to write.
-            probabilities: folder for the probabilities, or a `.nii.gz` for each of `outputs.names`; None writes none.
-            uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
-
-        Returns:
-            See `segment_prepared`.
-
-        Raises:
-            FileNotFoundError, ValueError: see `ScanPreprocessor.prepare`.
+        Folders are made, and `probabilities` may be one; otherwise as `segment_prepared`. Raises as
+        `ScanPreprocessor.prepare`.
         """
         case, like = self.preprocessor.prepare(images)
         files = self.outputs.files(probabilities) if isinstance(probabilities, Path) else probabilities
@@ -236,10 +213,10 @@ class Segmenter:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Segment a prepared volume `(C, D, H, W)`, and write the label map on the scan's own grid.
 
+        A ValueError if the voxel size differs from that of the training scans.
+
         Args:
-            image: of a store, or just prepared from a raw scan.
-            chain: its preprocessing steps.
-            like: the source scan, for its grid and header.
+            chain, like: the volume's preprocessing steps; and the source scan, for its grid and header.
             out: the `.nii.gz` to write; its folder and those of the other files exist.
             probabilities: a `.nii.gz` for each of `outputs.names`; None writes none.
             uncertainty: the `.nii.gz` for the map of uncertainty; None writes none.
@@ -247,9 +224,6 @@ class Segmenter:
         Returns:
             Label or region -> volume of its voxels on the scan's own grid, in ml; and label, or region of a network
             that predicts regions -> see `expected_dice`, on the prepared grid.
-
-        Raises:
-            ValueError: the voxel size differs from that of the training scans.
         """
         self.preprocessor.check_stored(chain)
         spread = RunningSpread() if uncertainty is not None and self.uncertainty == "spread" else None
@@ -269,10 +243,7 @@ class Segmenter:
     def probabilities(self, image: Tensor, spread: RunningSpread | None = None) -> Tensor:
         """Probabilities of a prepared volume: `(C, D, H, W)` -> `(K or R, D, H, W)` float32 on the CPU.
 
-        `spread` gets those of each network and view.
-
-        Raises:
-            ValueError: a network's output is not finite.
+        `spread` gets those of each network and view. A ValueError if a network's output is not finite.
         """
         windows = sum(count_windows(image.shape[1:], window_size(m), self.overlap) for m in self.models)
         total = torch.zeros(())

@@ -29,11 +29,8 @@ CONTENT = "carried.json"  # and whose labels these are, with the digests of what
 class UnlabelledScans:
     """Labelled and unlabelled scans of a run as one source of crops; the label maps of the latter lie in its folder.
 
-    Args:
-        chosen: "rest", the scans of the training part that `data.labelled` leaves out, whose labels are not read; or
-            a store, of which all scans are taken but those whose subject or voxels `labelled` has.
-        labelled, split, rest: the run's store, its subjects, and those that `data.labelled` leaves out.
-        run: the run folder; in a run that is resumed the scans stay the same.
+    Chosen are the "rest", the scans of the training part that `data.labelled` leaves out, whose labels are not read; or
+    all scans of a store but those whose subject or voxels `labelled` has. In a run that is resumed they stay the same.
     """
 
     def __init__(
@@ -73,10 +70,7 @@ class UnlabelledScans:
             raise ValueError(f"data.unlabelled={chosen}: {min(both)} is another scan in {labelled.path}: rename one")
 
     def carry_labels(self) -> None:
-        """Register a labelled scan to each unlabelled one and write its label map; what is there is not made again.
-
-        The labelled scans take turns, and what is done keeps its own. Several processes divide the work.
-        """
+        """Register a labelled scan, in turn, to each unlabelled one and write its label map; what is there stays."""
         labelled = {atlas.id: atlas for atlas in read_atlases(self.labelled, self.subjects)}
         in_turn, before = list(labelled.values()), self.before
         turns = {

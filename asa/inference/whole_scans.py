@@ -16,19 +16,21 @@ from asa.data.io.tables import PREDICTED, TRAINING_MEAN, csv_text
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import collate
 from asa.inference.preprocessing import ScanPreprocessor, check_finite
-from asa.inference.segmentation import PredictSettings, window_size
+from asa.inference.segmentation import window_size
+from asa.settings import PredictSettings
 from asa.training.checkpoint import read_model
 from asa.training.device import on_device, pick_device
 from asa.training.distributed import map_over_ranks
 
 TABLE = "predictions.csv"
+METHODS = {"classes": "classify", "number": "regress"}  # by what a checkpoint says of its task
 
 
 def predict_volumes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
     """Class probabilities `(N, K)`, or numbers `(N,)` of a regression network, of all records, without augmentation.
 
-    The records are divided over the processes, and each process gets the whole result. The model is in evaluation mode,
-    and the dataset has "mirror" for one that cross-attends to the mirror image.
+    Several processes divide the records, and each gets the whole result. The model is in evaluation mode, and the
+    dataset has "mirror" for one that cross-attends to the mirror image.
     """
     device = next(model.parameters()).device
 
@@ -41,73 +43,48 @@ def predict_volumes(model: nn.Module, dataset: CropDataset) -> np.ndarray:
         return np.array(map_over_ranks(range(len(dataset)), predict))
 
 
-class _Network:
-    """A trained network for new scans, and what its checkpoint says; arguments as of `Segmenter`. A scan is one window.
+class VolumePredictor:
+    """A trained classifier or regression network for new scans, each of which is one window.
 
-    Raises:
-        FileNotFoundError, ValueError: no checkpoint, or of another task.
+    `target` is "classes" or "number": what the checkpoint has to say of its task. Other arguments as of `Segmenter`; a
+    FileNotFoundError or ValueError for no checkpoint, or one of another task.
     """
-
-    key: str  # of what the checkpoint says of the task
-    method: str
 
     def __init__(
         self,
         checkpoint: str | Path,
+        target: str,
         settings: PredictSettings,
         *,
         strip: str | None = None,
         plugins: Sequence[str] = (),
     ) -> None:
         model, description = read_model(checkpoint, plugins=plugins)
-        if self.key not in description["data"]:
-            raise ValueError(f"{checkpoint}: not a run of asa-finetune method={self.method}")
+        if target not in description["data"]:
+            raise ValueError(f"{checkpoint}: not a run of asa-finetune method={METHODS[target]}")
         self.model = model.to(pick_device(settings.device))
         self.window = window_size(model)
         self.preprocessor = ScanPreprocessor(str(checkpoint), description["data"], strip)
         self.digest: str = description["sha256"]  # of the weights
-        self.about: Any = description["data"][self.key]
-        self.outputs = len(model.get_parameter("head.bias"))
+        about, outputs = description["data"][target], len(model.get_parameter("head.bias"))
+        self.classes: list[str] | None = None
+        if target == "classes":
+            if len(about) != outputs:
+                raise ValueError(f"{checkpoint}: names {len(about)} classes, and its network has {outputs}")
+            self.column, self.classes = "class", about
+        else:
+            if outputs != 1:
+                raise ValueError(f"{checkpoint}: a regression has one output, and its network has {outputs}")
+            self.column, self.mean = str(about["column"]), float(about["mean"])
 
-    def predict(self, image: np.ndarray) -> Any:
-        """Class probabilities `(K,)` or the number of a prepared volume `(C, D, H, W)`; a ValueError if not finite."""
+    def row(self, image: np.ndarray) -> dict[str, str]:
+        """The cells of a prepared volume `(C, D, H, W)` in the table of predictions, by column."""
         volume: Any = SimpleNamespace(image=lambda id: image)
         mirrored = getattr(self.model, "mirrored", False)
         found = predict_volumes(self.model, CropDataset(volume, [{"id": ""}], self.window, mirrored=mirrored))[0]
         check_finite(found, "the network's output")
-        return found
-
-
-class ClassPredictor(_Network):
-    """A trained classifier for new scans; arguments as of `_Network`."""
-
-    key, method = "classes", "classify"
-
-    def __init__(self, checkpoint: str | Path, settings: PredictSettings, **options: Any) -> None:
-        super().__init__(checkpoint, settings, **options)
-        self.classes: list[str] = self.about
-        if len(self.classes) != self.outputs:
-            raise ValueError(f"{checkpoint}: names {len(self.classes)} classes, and its network has {self.outputs}")
-
-    def row(self, image: np.ndarray) -> dict[str, str]:
-        """The cells of a prepared volume `(C, D, H, W)` in the table of predictions, by column."""
-        return {"class": "", **class_cells(self.classes, self.predict(image))}
-
-
-class NumberPredictor(_Network):
-    """A trained regression network for new scans; arguments as of `_Network`."""
-
-    key, method = "number", "regress"
-
-    def __init__(self, checkpoint: str | Path, settings: PredictSettings, **options: Any) -> None:
-        super().__init__(checkpoint, settings, **options)
-        if self.outputs != 1:
-            raise ValueError(f"{checkpoint}: a regression has one output, and its network has {self.outputs}")
-        self.column, self.mean = str(self.about["column"]), float(self.about["mean"])
-
-    def row(self, image: np.ndarray) -> dict[str, str]:
-        """The cells of a prepared volume `(C, D, H, W)` in the table of predictions, by column."""
-        return {self.column: "", **number_cells(self.predict(image), self.mean)}
+        cells = number_cells(found, self.mean) if self.classes is None else class_cells(self.classes, found)
+        return {self.column: "", **cells}
 
 
 def predictions_csv(column: str, rows: Sequence[tuple[str, str, str]], cells: Sequence[Mapping[str, str]]) -> str:

@@ -4,13 +4,42 @@ Letters: B samples of this rank, R ranks, E features.
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa.ops.collectives import gather
 from asa.ops.symmetry import asymmetry
+
+
+def gather(part: Tensor) -> tuple[Tensor, int]:
+    """All ranks' rows `(N, ...)`, the same N on each, in the order of the ranks; and the index of this rank's first.
+
+    The gradient of a row is the sum of its gradients from all ranks' losses. If each rank's loss is a mean over its own
+    rows and gradients are averaged over the ranks, this is the gradient of the mean over all rows.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return part, 0
+    rows: Tensor = _Gather.apply(part)
+    return rows, dist.get_rank() * len(part)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.contiguous())
+        ctx.rows = len(part)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)  # others may share it
+        dist.all_reduce(total)
+        first = dist.get_rank() * ctx.rows
+        return total[first : first + ctx.rows]
 
 
 class NTXent(nn.Module):
@@ -42,11 +71,9 @@ class NTXent(nn.Module):
         self.least = math.log(temperature / 50)
 
     def forward(self, one: Tensor, other: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss, a scalar in float32: the mean over this rank's 2 B views.
+        """The loss, a scalar in float32: the mean over this rank's 2 B views, from their features `(B, E)` twice.
 
-        Args:
-            one, other: the two views' features `(B, E)`, the same B on all ranks.
-            reduction: `"none"` for that of each view `(2B,)`, views 2k and 2k+1 being those of sample k.
+        `reduction="none"`: that of each view `(2B,)`, views 2k and 2k+1 being those of sample k. All ranks have one B.
         """
         own = F.normalize(torch.stack([one, other], dim=1).float(), dim=-1)  # B 2 E
         everyone, first = gather(own) if self.training else (own, 0)  # R*B 2 E
@@ -69,11 +96,8 @@ class SymmetryLoss(nn.Module):
     The forms in the released code of SA-Swin (MICCAI 2024) are not used: one cannot reach its minimum, and two compare
     samples with each other.
 
-    Args:
-        form: `"cosine"` or `"bce"`.
-
     Raises:
-        ValueError: another form.
+        ValueError: a form other than `"cosine"` and `"bce"`.
     """
 
     def __init__(self, form: str = "cosine") -> None:

@@ -32,9 +32,7 @@ def gradient_importance(volume: Tensor, patch_size: int = 8, bins: int = 9, kind
 
     Args:
         volume: `(B, C, D, H, W)`, finite.
-        patch_size: edge s of a patch in voxels.
-        bins: histogram bins b per angle.
-        kind: `"orientation"` or `"magnitude"`.
+        patch_size, bins: edge s of a patch in voxels, histogram bins b per angle.
 
     Returns:
         `(B, L)` float32, not normalised; 0 for a patch that is constant with the voxels beside it.
@@ -77,8 +75,7 @@ def _slabs(volumes: Tensor, patch_size: int, budget: int) -> Iterator[Iterator[T
         yield cut(group)
 
 
-def _gradients(padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbour differences along x, y and z of `(N, D+2, H+2, W+2)`, each `(N, D, H, W)`."""
+def _gradients(padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # N D+2 H+2 W+2 -> along x, y, z
     inner = slice(1, -1)
     gx = padded[:, inner, inner, 2:] - padded[:, inner, inner, :-2]
     gy = padded[:, inner, 2:, inner] - padded[:, inner, :-2, inner]
@@ -129,8 +126,7 @@ class AttentiveReconstructionLoss(nn.Module):
     averaged over the batch. The weights are equal in a volume whose masked patches all score 0.
 
     Args:
-        patch_size: patch edge s in voxels.
-        bins: histogram bins per angle (the paper does not print their number).
+        patch_size, bins: patch edge s in voxels, histogram bins per angle (whose number the paper does not print).
         importance: `"orientation"` (the paper's), `"magnitude"`, or None for equal weights: the plain loss of an MAE.
 
     Raises:
@@ -146,10 +142,7 @@ class AttentiveReconstructionLoss(nn.Module):
     def weights(self, volume: Tensor, masked: Tensor, counted: Tensor | None = None) -> Tensor:
         """The weights p of masked patches, `(B*R, M)` float32. Each row sums to 1, to 0 if none of its patches counts.
 
-        Args:
-            volume: `(B, C, D, H, W)`.
-            masked: indices of the patches `(B, M)`, or with R masks of each volume `(B*R, M)`.
-            counted: bool like `masked`, False for patches without weight; None: all count.
+        `masked` are their indices `(B*R, M)` with R >= 1 masks of each of B volumes; where `counted` is False, p is 0.
         """
         equal = torch.ones(masked.shape, device=volume.device) if counted is None else counted.float()
         plain = equal / equal.sum(dim=1, keepdim=True).clamp(min=1)
@@ -161,15 +154,12 @@ class AttentiveReconstructionLoss(nn.Module):
         return (scores / total).where(total > 0, plain)
 
     def forward(self, prediction: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
-        """The loss, a scalar in float32.
+        """The loss, a scalar in float32; a ValueError for inconsistent shapes.
 
         Args:
             prediction: `(B, M, C*s^3)`, the masked patches in raster order.
             volume: `(B, C, D, H, W)`, the target.
             mask: bool `(B, L)`, True = masked.
-
-        Raises:
-            ValueError: inconsistent shapes.
         """
         masked = split_indices(mask)[1].to(volume.device, non_blocking=True)
         errors = patch_errors(prediction, tokens_at(patchify(volume, self.patch_size), masked))
@@ -185,8 +175,7 @@ def draw_patches(masked: Selection, weights: Tensor, counts: Tensor, offsets: Te
     of the line on which the parts follow each other. So exactly the wanted number is drawn, no patch twice.
 
     Args:
-        masked: `(N, M)`.
-        weights: p, `(N, M)`; 0 for padding.
+        masked, weights: `(N, M)`, and their p, 0 for padding.
         counts: patches to draw of each row, `(N,)` int64, at most as many as it has; on the CPU.
         offsets: u of each row, in [0, 1), `(N,)` float64.
 

@@ -22,13 +22,8 @@ class DeeplySupervised(nn.Module):
     """The weighted mean of a loss over resolutions, the weight halved at each coarser one.
 
     Voxels of the class index `IGNORED` are in no term. All terms are means over samples, so that a batch computed in
-    parts has the same loss; a sample with only ignored voxels adds 0.
-
-    Args:
-        scales: resolutions with a weight, from the finest; coarser ones have the weight 0. None: all.
-
-    Raises:
-        ValueError: fewer than 1 resolution.
+    parts has the same loss; a sample with only ignored voxels adds 0. Only the `scales` finest resolutions have a
+    weight, all if that is None; a ValueError for fewer than 1.
     """
 
     def __init__(self, scales: int | None) -> None:
@@ -38,11 +33,9 @@ class DeeplySupervised(nn.Module):
         self.scales = scales
 
     def forward(self, logits: Sequence[Tensor], label: Tensor) -> Tensor:
-        """The loss, a scalar in float32.
+        """The loss, a scalar in float32, of logits from the finest `(B, K or R, D, H, W)` to the coarsest.
 
-        Args:
-            logits: from the finest `(B, K or R, D, H, W)` to the coarsest.
-            label: class indices `(B, 1, D, H, W)`, any integer type; resampled by nearest neighbour, without a shift.
+        `label` has class indices `(B, 1, D, H, W)`; it is resampled by nearest neighbour, without a shift.
         """
         target = label.float()
         weights = [0.5**level if self.scales is None or level < self.scales else 0.0 for level in range(len(logits))]
@@ -67,10 +60,9 @@ class DeeplySupervisedDiceCE(DeeplySupervised):
         background_weight: of a background voxel in the cross-entropy, where that of a labelled one is 1: small where
             the labels take little of the volume. A network may else predict background everywhere, where the gradient
             of Dice is small, and stay there.
-        scales: see `DeeplySupervised`.
 
     Raises:
-        ValueError: a weight outside (0, 1], or fewer than 1 resolution.
+        ValueError: a weight outside (0, 1], or fewer than 1 of `scales`, see `DeeplySupervised`.
     """
 
     def __init__(self, *, background_weight: float = 1.0, scales: int | None = None) -> None:

@@ -48,14 +48,9 @@ class Pretraining(Method, Protocol):
 
 
 def sums_by_modality(batch: Batch, **values: Tensor) -> dict[str, Tensor]:
-    """For the log of a pretraining on several modalities: the mean of values over the samples of each.
+    """For the log of several modalities: the sum of values `(B,)` over the samples of each, and their number, `(2,)`.
 
-    Args:
-        batch: with "modality_NAME" `(B,)` for each modality: 1 for its samples, 0 for others. Without: {}.
-        values: `(B,)` each.
-
-    Returns:
-        "VALUE_NAME": sum and number `(2,)`, see `Method`; detached.
+    They are named "VALUE_NAME" for each "modality_NAME" `(B,)` of the batch: 1 for its samples, 0 for others.
     """
     own = {key.removeprefix(MODALITY): batch[key] for key in batch if key.startswith(MODALITY)}
     return {

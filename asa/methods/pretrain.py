@@ -79,10 +79,7 @@ class MaskedPretraining(nn.Module):
         self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)
 
     def mask(self, seeds: Tensor, air: Tensor | None = None) -> Tensor:
-        """The masks of each sample from its own seed `(B,)`, R for each: bool `(B*R, L)` on the CPU, True = masked.
-
-        `air`, bool `(B, L)` on the CPU, are patches that are not masked.
-        """
+        """R masks of each sample from its seed `(B,)`, without `air`, bool `(B, L)`: bool `(B*R, L)` on the CPU."""
         return self._draw(seeds, air)[0]
 
     def _draw(self, seeds: Tensor, air: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,8 +102,8 @@ class MaskedPretraining(nn.Module):
         Returns:
             "loss"; and for the log "mean_predictor_loss", the loss of predicting the mean of the visible voxels
             everywhere (0 where targets are normalised); "masked_mse" and "mean_predictor_mse", the same two with equal
-            weights. All of them are over the decoded patches, the latter two over excluded ones too. Of several
-            modalities also "loss" and "mean_predictor_loss" of each, see `sums_by_modality`.
+            weights. All are over the decoded patches, the latter two over excluded ones too. Of several modalities
+            also "loss" and "mean_predictor_loss" of each, see `sums_by_modality`.
         """
         image, air = batch["image"], self._air(batch)
         mask, offsets = self._draw(batch["seed"], air)
@@ -171,15 +168,10 @@ class MaskedPretraining(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, mask: Tensor, air: Tensor | None = None) -> dict[str, Tensor]:
-        """A reconstruction as volumes to draw.
+        """A reconstruction of images `(B, C, D, H, W)` as volumes to draw, without `air`, bool `(B, L)` as the mask.
 
         With `decode` below 1 the masked patches are decoded in parts, as in training. Predictions of normalised patches
         get the true mean and variance.
-
-        Args:
-            image: `(B, C, D, H, W)`.
-            mask: bool `(B, L)`, True = masked.
-            air: bool `(B, L)`, patches that are dropped; they are not masked.
 
         Returns:
             "input", "masked" (masked patches NaN), "prediction" (visible patches unchanged, masked ones predicted)
@@ -192,9 +184,8 @@ class MaskedPretraining(nn.Module):
         visible, masked = (chosen.to(image.device) for chosen in self._select(mask, air))
         parts = round(1 / self.decode)
         for part in range(min(parts, masked.indices.shape[1])):
-            some = Selection(
-                masked.indices[:, part::parts], None if masked.valid is None else masked.valid[:, part::parts]
-            )
+            valid = None if masked.valid is None else masked.valid[:, part::parts]
+            some = Selection(masked.indices[:, part::parts], valid)
             prediction = self.model(image, visible=visible, decoded=some).float()
             if self.normalise:
                 prediction = denormalised(prediction, tokens_at(patches, some.indices))

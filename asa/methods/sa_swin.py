@@ -21,21 +21,13 @@ from asa.ops.symmetry import rotate_about_left_right
 
 @dataclass(frozen=True)
 class Views:
-    """Two views of each sample.
+    """Two views of each sample."""
 
-    Args:
-        cut: the images rotated, with boxes filled by noise and by another scan, `(V, C, D, H, W)`.
-        whole: the images rotated only.
-        mirror: the mirror images, with the same rotation and without boxes.
-        hidden: bool `(V, 1, D, H, W)`, True inside a box.
-        quarters: quarter turns, int64 `(V,)`.
-    """
-
-    cut: Tensor
-    whole: Tensor
-    mirror: Tensor
-    hidden: Tensor
-    quarters: Tensor
+    cut: Tensor  # the images rotated, with boxes filled by noise and by another scan, (V, C, D, H, W)
+    whole: Tensor  # the images rotated only
+    mirror: Tensor  # the mirror images, with the same rotation and without boxes
+    hidden: Tensor  # bool (V, 1, D, H, W), True inside a box
+    quarters: Tensor  # quarter turns, int64 (V,)
 
 
 class SASwinPretraining(nn.Module):
@@ -99,37 +91,36 @@ class SASwinPretraining(nn.Module):
         views = self.views(batch)
         output = self.model(views.cut, views.mirror)
         health = batch.get("health", torch.full((len(batch["image"]),), float("nan"))).to(views.cut.device)
-        losses = {
-            "rotation": F.cross_entropy(output.rotation.float(), views.quarters),
-            "contrastive": self.contrast(*output.contrast.chunk(2)),
-            "inpainting": (output.volume.float() - views.whole.float()).abs().mean(),
-            "symmetry": self.symmetry(output.side, output.mirrored, health.repeat(2)),
-        }
+        losses = self._losses(output, views, health)
         loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         detached = {name: value.detach() for name, value in losses.items()}
         several = any(key.startswith(MODALITY) for key in batch)
         parts = self.losses_by_modality(batch, output, views, health) if several else {}
         return {"loss": loss, **detached, **proxy_metrics(output, views), **parts}
 
+    def _losses(self, output: SASwinOutput, views: Views, health: Tensor, reduction: str = "mean") -> dict[str, Tensor]:
+        """The loss of each task; with `reduction="none"` of each view, in the contrastive one sample by sample."""
+        errors = (output.volume.float() - views.whole.float()).abs()
+        return {
+            "rotation": F.cross_entropy(output.rotation.float(), views.quarters, reduction=reduction),
+            "contrastive": self.contrast(*output.contrast.chunk(2), reduction),
+            "inpainting": errors.mean() if reduction == "mean" else errors.flatten(1).mean(dim=1),
+            "symmetry": self.symmetry(output.side, output.mirrored, health.repeat(2), reduction),
+        }
+
     @torch.no_grad()
     def losses_by_modality(self, batch: Batch, output: SASwinOutput, views: Views, health: Tensor) -> dict[str, Tensor]:
         """The losses of the samples of each modality, see `sums_by_modality`."""
-        each = {
-            "rotation": F.cross_entropy(output.rotation.float(), views.quarters, reduction="none"),
-            "contrastive": self.contrast(*output.contrast.chunk(2), "none").view(-1, 2).T.flatten(),
-            "inpainting": (output.volume.float() - views.whole.float()).abs().flatten(1).mean(dim=1),
-            "symmetry": self.symmetry(output.side, output.mirrored, health.repeat(2), "none"),
-        }
+        each = self._losses(output, views, health, "none")
+        each["contrastive"] = each["contrastive"].view(-1, 2).T.flatten()
         each = {name: value.view(2, -1).mean(dim=0) for name, value in each.items()}
         total = torch.stack([self.weights[name] * value for name, value in each.items()]).sum(dim=0)
         return sums_by_modality(batch, loss=total, **each)
 
     def views(self, batch: Batch) -> Views:
-        """Draw and apply the rotations and the boxes of the cutout.
+        """Draw and apply the rotations and the boxes of the cutout, from "image", "mirror" and "seed" of a batch.
 
-        Args:
-            batch: "image" and "mirror" `(B, C, D, H, W)`, "seed" `(B,)` on the CPU, and "id", the scan of each sample;
-                without it each is of another scan.
+        "id" are the scans of the samples; without it each is of another scan.
         """
         image = batch["image"]
         others = partners(batch.get("id", range(len(image))))
@@ -156,7 +147,7 @@ class SASwinPretraining(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Figures of a batch: four volumes `(B, C, D, H, W)` each, the last of them `(B, 1, D, H, W)`.
+        """Figures of a batch, of four volumes `(B, C, D, H, W)` each, the last of them of one channel.
 
         "reconstruction": a rotated view, the same with boxes, inpainted, and the error. "symmetry": the image, its
         mirror image, the difference and the asymmetry map.
@@ -180,9 +171,7 @@ class SASwinPretraining(nn.Module):
 def draw_view(shape: Sequence[int], cutout: float, generator: torch.Generator) -> tuple[int, Tensor, Tensor, Tensor]:
     """Draw the random parameters of a view of an image of shape (C, D, H, W).
 
-    Returns:
-        Number of quarter turns; noise in [0, 1], `(C, D, H, W)`; and two bool `(1, D, H, W)`, True inside the boxes of
-        noise and of another sample.
+    Quarter turns, noise `(C, D, H, W)`, and two bool `(1, D, H, W)`, True in the boxes of noise and of another scan.
     """
     quarters = int(torch.randint(4, (), generator=generator))
     noise = unit_noise(shape, generator)
@@ -216,8 +205,8 @@ def proxy_metrics(output: SASwinOutput, views: Views) -> dict[str, Tensor]:
 def partners(scans: Sequence[Any]) -> Tensor:
     """For each of B samples, the index of the sample of another scan that boxes are filled from; its own without one.
 
-    Samples are paired as 0 and 1, 2 and 3, and so on: ranks with an even number of samples each keep these pairs. The
-    last of an odd number takes the one before it. A sample has none in a batch of one, or if both are of one scan.
+    Pairs are 0 and 1, 2 and 3, ...: ranks with an even number of samples keep them. The last of an odd number takes the
+    one before it. A sample has none in a batch of one, or if both are of one scan.
     """
     paired = [k ^ 1 if k ^ 1 < len(scans) else max(k - 1, 0) for k in range(len(scans))]
     return torch.tensor([k if scans[k] == scans[other] else other for k, other in enumerate(paired)])

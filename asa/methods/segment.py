@@ -17,25 +17,18 @@ class SegmentationNetwork(Protocol):
     """A module that segments volumes `(B, C, D, H, W)`, also one of your own package.
 
     With the keyword `deep_supervision` it returns the logits of all its resolutions as a list, the finest first.
-
-    Attributes:
-        encoder: with `img_size` and `in_channels`; `init=` loads its weights.
-        out_channels: classes K, background included, or regions R.
-        mirrored: whether it also takes the mirror image, as the keyword `mirrored`.
     """
 
-    encoder: Any
-    out_channels: int
+    encoder: Any  # with img_size and in_channels; init= loads its weights
+    out_channels: int  # classes K, background included, or regions R
 
     @property
-    def mirrored(self) -> bool: ...
+    def mirrored(self) -> bool:
+        """Whether it also takes the mirror image, as the keyword `mirrored`."""
 
 
 def is_segmentation_network(model: object) -> bool:
-    """Whether a module has the attributes of a `SegmentationNetwork`.
-
-    `isinstance` cannot tell: from Python 3.12 on it does not see the modules that an nn.Module holds.
-    """
+    """Whether a module has the attributes of a `SegmentationNetwork`: `isinstance` does not see modules in a module."""
     return all(hasattr(model, name) for name in ("encoder", "out_channels", "mirrored"))
 
 
@@ -43,7 +36,6 @@ class Segmentation(nn.Module):
     """Supervised segmentation with deep supervision.
 
     Args:
-        model: the network; its `out_channels` is the number of classes, background included.
         background_weight: of a background voxel in the cross-entropy, see `DeeplySupervisedDiceCE`; or the weights of
             the first and the last step, between which it changes by the same factor each step: small structures are
             found early, and in the end are not predicted too large.
@@ -55,6 +47,7 @@ class Segmentation(nn.Module):
     """
 
     task = "segmentation"
+    mirrored = False  # whether batches have the mirror image; of an instance what its network says
 
     def __init__(
         self, model: SegmentationNetwork, *, background_weight: float | Sequence[float] = 1.0, scales: int | None = None
@@ -66,6 +59,7 @@ class Segmentation(nn.Module):
                 f"got {type(model).__name__}"
             )
         self.model: Any = model
+        self.mirrored = model.mirrored
         self.background_weights = _first_and_last(background_weight)
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=self.background_weights[0], scales=scales)
 
@@ -74,11 +68,6 @@ class Segmentation(nn.Module):
         first, last = self.background_weights
         if isinstance(self.loss, DeeplySupervisedDiceCE):
             self.loss.background_weight = first ** (1 - done) * last**done
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether batches have the mirror image."""
-        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""

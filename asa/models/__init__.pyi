@@ -20,6 +20,8 @@ from .masked_autoencoder import asa_base as asa_base
 from .masked_autoencoder import asa_small as asa_small
 from .masked_autoencoder import asa_tiny as asa_tiny
 from .sa_swin import SASwin as SASwin
+from .sa_swin import SymmetryAwareBlock as SymmetryAwareBlock
+from .sa_swin import SymmetryAwareCrossAttention as SymmetryAwareCrossAttention
 from .sa_swin import sa_swin_base as sa_swin_base
 from .sa_swin import sa_swin_small as sa_swin_small
 from .sa_swin import sa_swin_tiny as sa_swin_tiny
@@ -27,8 +29,6 @@ from .sa_swin_unet import SASwinUNet as SASwinUNet
 from .sa_swin_unet import sa_swin_unet_base as sa_swin_unet_base
 from .sa_swin_unet import sa_swin_unet_small as sa_swin_unet_small
 from .sa_swin_unet import sa_swin_unet_tiny as sa_swin_unet_tiny
-from .saca import SymmetryAwareBlock as SymmetryAwareBlock
-from .saca import SymmetryAwareCrossAttention as SymmetryAwareCrossAttention
 from .sw_vit import LinearWindowAttention as LinearWindowAttention
 from .sw_vit import SWViT as SWViT
 from .sw_vit import sw_vit_base as sw_vit_base

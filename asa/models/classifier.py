@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from asa.models import sa_swin, sw_vit
-from asa.models.saca import SymmetryAwareBlock, with_mirror
+from asa.models.sa_swin import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT
 from asa.models.swin import Swin
 
@@ -27,8 +27,7 @@ class WholeVolumeNetwork(nn.Module):
     def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """The outputs of the linear layer, `(B, outputs)`, for volumes `(B, C, D, H, W)` and, with SACA, mirror images.
 
-        Raises:
-            ValueError: the mirror images are missing.
+        A ValueError if those are missing.
         """
         if self.saca is None:
             return self.head(self.encoder(volume).mean(dim=1))
@@ -37,15 +36,7 @@ class WholeVolumeNetwork(nn.Module):
 
 
 class Classifier(WholeVolumeNetwork):
-    """Logits `(B, K)` from the mean token.
-
-    Args:
-        classes: K.
-        saca: cross-attention from the volume's tokens to those of its mirror image; None: the volume alone.
-
-    Raises:
-        ValueError: less than two classes.
-    """
+    """Logits `(B, K)` from the mean token; a ValueError for less than two classes."""
 
     def __init__(self, encoder: SWViT | Swin, classes: int, saca: SymmetryAwareBlock | None = None) -> None:
         if classes < 2:
@@ -56,11 +47,7 @@ class Classifier(WholeVolumeNetwork):
 class Regressor(WholeVolumeNetwork):
     """One number per volume, like the age, from the mean token: `mean + sd * head`, so that the head is standardised.
 
-    Args:
-        mean, sd: of the number over the training scans, in its own units.
-
-    Raises:
-        ValueError: a mean or an SD that is not finite, or an SD of 0 or less.
+    `mean` and `sd` are those of the number over the training scans, finite and `sd` > 0, else a ValueError.
     """
 
     def __init__(self, encoder: SWViT | Swin, mean: float, sd: float, saca: SymmetryAwareBlock | None = None) -> None:
@@ -70,10 +57,7 @@ class Regressor(WholeVolumeNetwork):
         self.mean, self.sd = float(mean), float(sd)
 
     def forward(self, volume: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The number of each volume, `(B,)` float32 in its units, also under autocast; arguments as of the base class.
-
-        In bfloat16 an age of 70 would be rounded to a quarter.
-        """
+        """The number of each volume, `(B,)` float32 also under autocast: bfloat16 would round 70 to a quarter."""
         return self.mean + self.sd * super().forward(volume, mirrored)[:, 0].float()
 
 

@@ -5,7 +5,7 @@ import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,17 +22,15 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(name: str, **overrides: Any) -> "nn.Module":
     """Make a model, one of `list_models()`, with random weights; `overrides` are keywords of its function.
 
-    Raises:
-        ValueError: an unknown name or keyword, of which the nearest one is named; or a keyword that is missing.
+    A ValueError names the nearest of an unknown name or keyword, or a keyword that is missing.
     """
     for package in PACKAGES:
         if name in _models_of(package):
             function = getattr(importlib.import_module(package), name)
             try:
-                model: nn.Module = function(**overrides)
+                return cast("nn.Module", function(**overrides))
             except TypeError as error:
                 raise ValueError(f"{name}: {_wrong_keyword(function, overrides) or error}") from error
-            return model
     (nearest,) = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.0)
     raise ValueError(f"unknown model {name!r}; did you mean {nearest}? asa.models.list_models() lists all")
 

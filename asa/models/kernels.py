@@ -2,8 +2,8 @@
 
 Layout: a U-Net step on a CPU is faster with channels last in memory, which PyTorch's instance norm and, with one
 thread, its 1x1x1 convolution give up. `use_own_kernels` replaces both by layers that keep the layout. In an ONNX export
-they are PyTorch's own, and so is the convolution on a GPU. There, PyTorch's instance norm gives one block of threads to
-each channel of each sample, and most of the GPU waits; that of large maps is computed in parts.
+they are PyTorch's own, and so is the convolution on a GPU, where the norm of large maps is computed in parts: PyTorch's
+gives one block of threads to each channel of each sample, and most of the GPU waits.
 
 Precision: oneDNN's bfloat16 convolutions read memory that was never written, for some shapes of small feature maps:
 random numbers, sometimes NaN (torch 2.13, AVX-512 and AMX). There the networks compute in float32, by `in_float32`.
@@ -37,10 +37,7 @@ def in_float32(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
 
 
 def in_safe_precision(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """Apply a block to feature maps `(B, C, D, H, W)`, in float32 where a bfloat16 weight gradient would be wrong.
-
-    On a CPU, that of 3x3x3 convolutions is wrong at a depth of 2 and only there.
-    """
+    """The same where a bfloat16 weight gradient would be wrong: on a CPU, of 3x3x3 convolutions at a depth of 2."""
     training = torch.is_grad_enabled() and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if training and any(features.shape[2] == 2 for features in maps):
         return in_float32(block, *maps)
@@ -48,10 +45,7 @@ def in_safe_precision(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
 
 
 def use_own_kernels(network: nn.Module) -> None:
-    """Replace the instance norms and 1x1x1 convolutions of a network by those of this file, in place.
-
-    Parameters stay the same objects under the same names, and no random number is drawn.
-    """
+    """Replace a network's instance norms and 1x1x1 convolutions by those of this file, with the same parameters."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.InstanceNorm3d and not child.affine and not child.track_running_stats:
@@ -82,10 +76,7 @@ class SharingConv(nn.Conv3d):
 
 
 class PointwiseConv(SharingConv):
-    """1x1x1 convolution. On a CPU it is a matrix product, which keeps channels last in memory.
-
-    With one thread, as torchrun gives to each process, PyTorch takes a plain convolution that brings them to the front.
-    """
+    """1x1x1 convolution: on a CPU a matrix product, which keeps channels last also with one thread, as in torchrun."""
 
     def forward(self, features: Tensor) -> Tensor:
         """`(B, C, D, H, W)` -> the same with other channels."""
@@ -98,8 +89,7 @@ class PointwiseConv(SharingConv):
 class PatchConv(SharingConv):
     """3x3x3 convolution of a volume's patches of 2x2x2 voxels, of which each voxel is a channel.
 
-    On a CPU, where the map is small, it is computed as a convolution of the voxels, of 6x6x6 with a stride of 2:
-    PyTorch would take a plain convolution, which is five times slower.
+    On a CPU small maps get a convolution of the voxels, of 6x6x6 with a stride of 2: five times faster than PyTorch's.
     """
 
     def forward(self, volume: Tensor) -> Tensor:
@@ -116,8 +106,7 @@ class PatchConv(SharingConv):
 class InstanceNorm(nn.InstanceNorm3d):
     """Instance normalisation that keeps channels last in memory; PyTorch's own brings them to the front.
 
-    On a CPU in float32 it also brings them last, as the plain convolution that PyTorch takes for one channel and for
-    small maps gives them first.
+    On a CPU in float32 it also brings them last: PyTorch's convolution of one channel or a small map gives them first.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -143,8 +132,7 @@ class InstanceNorm(nn.InstanceNorm3d):
 class InstanceNormalisation(torch.autograd.Function):
     """Zero mean and unit variance per sample and channel (Ulyanov et al. 2016), `(B, C, D, H, W)` -> the same.
 
-    For channels last PyTorch has group norm with one channel per group. Its statistics of 128^3 voxels are accurate to
-    three digits in float32, and its gradient is slower.
+    PyTorch's group norm would keep channels last, with statistics of three digits and a slower gradient.
     """
 
     @staticmethod
@@ -173,10 +161,7 @@ class InstanceNormalisation(torch.autograd.Function):
 
 
 class InstanceNormalisationInParts(torch.autograd.Function):
-    """The same on a GPU, with channels first, by the kernels of PyTorch's SyncBatchNorm.
-
-    They take the parts of a map for channels, and their statistics are joined as those of several GPUs.
-    """
+    """The same on a GPU, with channels first: the kernels of SyncBatchNorm take the parts of a map for channels."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, eps: float) -> Tensor:
@@ -203,7 +188,7 @@ class InstanceNormalisationInParts(torch.autograd.Function):
 
 
 def _parts(features: Tensor) -> Tensor:
-    """`(B, C, D, H, W)` -> `(1, B*C*PARTS, N/PARTS)`, a view where the channels are first in memory."""
+    """`(B, C, D, H, W)` -> `(1, B*C*PARTS, N/PARTS)`, a view if the channels are first in memory."""
     return features.reshape(1, -1, features[0, 0].numel() // PARTS)
 
 
@@ -237,10 +222,7 @@ def _mean(rows: Tensor) -> Tensor:
 
 
 def _mean_product(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over voxels of a product, `(B, N, C)` twice -> `(B, C)`.
-
-    The diagonal of all pairs of channels: a matrix product is faster than the element-wise one and its sum.
-    """
+    """Mean over voxels of a product, `(B, N, C)` twice -> `(B, C)`: the diagonal of a matrix product, for speed."""
     b, n, c = one.shape
     one, other = (rows.view(b * math.gcd(n, PARTS), -1, c) for rows in (one, other))
     return torch.bmm(one.transpose(1, 2), other).diagonal(dim1=1, dim2=2).reshape(b, -1, c).sum(dim=1) / n

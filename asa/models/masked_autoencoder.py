@@ -27,11 +27,9 @@ class MaskedAutoencoder(nn.Module):
     With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
     Args:
-        img_size, patch_size, in_channels, embed_dim, num_heads, mlp_ratio, window, position: of encoder and decoder,
-            see `asa.models.sw_vit.SWViT`.
-        checkpointing, mirror_patches, order, bias: of both too.
-        depth, decoder_depth: blocks of the encoder and of the decoder.
+        decoder_depth: blocks of the decoder.
         decoder_dim: token width F of the decoder, whose heads are as wide as the encoder's; None: E.
+        depth: blocks of the encoder; all others are of encoder and decoder, see `asa.models.sw_vit.SWViT`.
 
     Raises:
         ValueError: a width of the decoder that is not a multiple of the width of a head.
@@ -57,20 +55,9 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = SWViT(
-            img_size,
-            patch_size,
-            in_channels,
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio,
-            window,
-            position,
-            checkpointing,
-            mirror_patches,
-            order,
-            bias,
-        )
+            img_size, patch_size, in_channels, embed_dim, depth, num_heads, mlp_ratio, window, position, checkpointing,
+            mirror_patches, order, bias,
+        )  # fmt: skip
         self.checkpointing = checkpointing
         width, head = decoder_dim or embed_dim, embed_dim // num_heads
         if width % head:
@@ -78,9 +65,8 @@ class MaskedAutoencoder(nn.Module):
         self.projection = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         nn.init.normal_(self.mask_token, std=0.02)
-        encoding = (
-            self.encoder.position if width == embed_dim else position_encoding(self.encoder.grid, width, position)
-        )
+        same = width == embed_dim
+        encoding = self.encoder.position if same else position_encoding(self.encoder.grid, width, position)
         self.register_buffer("position", encoding, persistent=False)
         self.position: Tensor
         self.decoder = window_blocks(decoder_depth, width, width // head, mlp_ratio, window, bias)
@@ -100,7 +86,7 @@ class MaskedAutoencoder(nn.Module):
         visible: Selection | None = None,
         decoded: Selection | None = None,
     ) -> Tensor:
-        """Predict masked patches.
+        """Predict masked patches: `(N, K, C*s^3)`, the decoded ones in raster order. Values of padding are arbitrary.
 
         Args:
             volume: `(B, C, D, H, W)`.
@@ -108,9 +94,6 @@ class MaskedAutoencoder(nn.Module):
                 all masked ones are decoded. For a CPU tensor the count is read without synchronising with the GPU.
             visible, decoded: instead of the mask, the patches to encode and those to predict, none in both, on the
                 volume's device.
-
-        Returns:
-            `(N, K, C*s^3)`, the decoded patches in raster order. Values of padding are arbitrary.
 
         Raises:
             ValueError: a volume or mask of another size, different counts per sample, or neither a mask nor selections.
@@ -129,20 +112,20 @@ class MaskedAutoencoder(nn.Module):
         for block, sequence in zip(self.decoder, cycle(self.encoder.sequences(index, valid)), strict=False):
             tokens = run_block(block, tokens, sequence, checkpointing=self.checkpointing)
         patches = self.head(self.norm(tokens_at(tokens, wanted)))
-        if self.encoder.mirror_patches:
-            width, size = self.encoder.grid[2], self.encoder.patch_size
-            right = decoded.indices % width >= (width + 1) // 2
-            mirrored = patches.unflatten(2, (-1, size)).flip(3).flatten(2)
-            patches = torch.where(right[:, :, None], mirrored, patches)
-        return patches
+        if not self.encoder.mirror_patches:
+            return patches
+        width = self.encoder.grid[2]
+        right = decoded.indices % width >= (width + 1) // 2
+        mirrored = patches.unflatten(2, (-1, self.encoder.patch_size)).flip(3).flatten(2)
+        return torch.where(right[:, :, None], mirrored, patches)
 
 
 def merge(first: Selection, second: Selection, length: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Merge two selections of different tokens, `(N, V)` and `(N, K)` of L, into one in raster order, padding last.
 
     Returns:
-        index `(N, V+K)` of the sequence's tokens, and which of them are valid (None: all); the places of the first
-        selection's tokens in the sequence `(N, V)`, and those of the second's `(N, K)`.
+        index `(N, V+K)` of the sequence's tokens, and which of them are valid (None: all); the places in the sequence
+        of the first selection's tokens `(N, V)`, and of the second's `(N, K)`.
     """
     index = torch.cat([first.indices, second.indices], dim=1)
     valid, key = None, index
@@ -154,14 +137,8 @@ def merge(first: Selection, second: Selection, length: int) -> tuple[Tensor, Ten
         valid = torch.cat(parts, dim=1)
         key = index.where(valid, length)
     order = key.argsort(dim=1, stable=True)
-    places = order.argsort(dim=1)
-    split = first.indices.shape[1]
-    return (
-        index.gather(1, order),
-        None if valid is None else valid.gather(1, order),
-        places[:, :split],
-        places[:, split:],
-    )
+    own, others = order.argsort(dim=1).split([first.indices.shape[1], second.indices.shape[1]], dim=1)
+    return index.gather(1, order), None if valid is None else valid.gather(1, order), own, others
 
 
 def asa_base(**overrides: Any) -> MaskedAutoencoder:

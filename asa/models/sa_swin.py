@@ -1,6 +1,7 @@
 """SA-Swin (MICCAI 2024): a shared Swin encoder for a volume and its mirror image, SACA between the two, four heads.
 
-Letters: volume `B C D H W`, tokens f and f~ `B L E` of a volume and of its mirror image, projection width P.
+Letters: volume `B C D H W`, tokens f and f~ `B L E` of a volume and of its mirror image, M attention heads of width
+d = E / M, projection width P.
 """
 
 from collections.abc import Sequence
@@ -13,29 +14,106 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asa.models.kernels import in_safe_precision
-from asa.models.saca import SymmetryAwareBlock, with_mirror
 from asa.models.swin import STRIDE, Swin
+from asa.ops.position import sincos_position_encoding
 from asa.ops.symmetry import asymmetry, flip, pad_to_multiple
 
+NORMS = ("pre", "post")
 MAP_LEVEL = 0  # encoder level of the asymmetry map, 1/2 of the resolution: coarser ones are less sensitive
+
+
+class SymmetryAwareCrossAttention(nn.Module):
+    """SACA(f, f~) = softmax(Q K~^T / sqrt(d)) V~ per head, Q from f, K~ and V~ from f~, then a linear map of all heads.
+
+    The equation is that of the paper's abstract; heads and the last map are as in its released code. SACA(f, f) is
+    self-attention. It has no position encoding: permuting f~ changes nothing, permuting f permutes the output. A
+    ValueError for a token width `dim` (E) that is not divisible by the heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, mirrored: Tensor) -> Tensor:
+        """Attend from f `(B, L, E)` to f~ `(B, any number, E)`: `(B, L, E)`."""
+        query = self._heads(self.query(tokens))
+        key, value = (self._heads(part) for part in self.key_value(mirrored).chunk(2, dim=-1))
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B M L d
+
+
+class SymmetryAwareBlock(nn.Module):
+    """Self-attention of f, cross-attention from f to f~ and an MLP, each with a residual connection.
+
+    One layer of the released code.
+
+    Args:
+        dim, num_heads: token width E and attention heads M.
+        norm: `"pre"` normalises the input of each part, `"post"` the sum of its input and output.
+        self_attention: False leaves out the first part.
+        position: add a plain sin-cos position encoding to f and f~. Without it, as released, the block cannot know
+            which token is the counterpart of which.
+
+    Raises:
+        ValueError: another norm, or a width that is not divisible by the heads.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, norm: str = "pre", self_attention: bool = True, position: bool = False
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"the norm of the symmetry-aware block must be {' or '.join(NORMS)}, got {norm!r}")
+        self.pre, self.position = norm == "pre", position
+        self.attention = SymmetryAwareCrossAttention(dim, num_heads) if self_attention else None
+        self.norm1 = nn.LayerNorm(dim) if self_attention else None
+        self.cross = SymmetryAwareCrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, mirrored: Tensor, grid: Sequence[int] = ()) -> Tensor:
+        """Update f from itself and from f~, both `(B, L, E)` in raster order of a `grid`: `(B, L, E)`.
+
+        The grid, tokens along each axis, is needed with `position` only.
+        """
+        if self.position:
+            encoding = sincos_position_encoding(grid, tokens.shape[2], device=tokens.device)  # L E
+            tokens, mirrored = tokens + encoding, mirrored + encoding
+        if self.attention is not None and self.norm1 is not None:
+            inside = self.norm1(tokens) if self.pre else tokens
+            tokens = tokens + self.attention(inside, inside)
+            tokens = tokens if self.pre else self.norm1(tokens)
+        if self.pre:
+            tokens = tokens + self.cross(self.norm2(tokens), self.norm2(mirrored))
+            return tokens + self.mlp(self.norm3(tokens))
+        tokens = self.norm2(tokens + self.cross(tokens, mirrored))
+        return self.norm3(tokens + self.mlp(tokens))
+
+
+def with_mirror(volume: Tensor, mirrored: Tensor | None) -> Tensor:
+    """Volumes and their mirror images, else a ValueError, in one batch: `(B, C, D, H, W)` twice -> `(2 B, ...)`."""
+    if mirrored is None:
+        raise ValueError("this network compares a volume with its mirror image: pass both")
+    return torch.cat([volume, mirrored])
 
 
 @dataclass(frozen=True)
 class SASwinOutput:
-    """Outputs of the four heads.
+    """Outputs of the four heads."""
 
-    Args:
-        rotation: logits of the four rotations by quarter turns, `(B, 4)`.
-        contrast: projection for the contrastive loss, `(B, P)`.
-        volume: the inpainted volume, `(B, C, D, H, W)`.
-        side, mirrored: z and z~ of the symmetry head, `(B, P)`.
-    """
-
-    rotation: Tensor
-    contrast: Tensor
-    volume: Tensor
-    side: Tensor
-    mirrored: Tensor
+    rotation: Tensor  # logits of the four rotations by quarter turns, (B, 4)
+    contrast: Tensor  # projection for the contrastive loss, (B, P)
+    volume: Tensor  # the inpainted volume, (B, C, D, H, W)
+    side: Tensor  # z of the symmetry head, (B, P)
+    mirrored: Tensor  # z~
 
 
 class SASwin(nn.Module):
@@ -44,13 +122,9 @@ class SASwin(nn.Module):
     The symmetry head reads the mean of f and that of f~ before SACA; the other three read SACA(f, f~).
 
     Args:
-        img_size: volume size in voxels, one number or (D, H, W), divisible by 32. Whole volumes may have another size.
-        in_channels: channels C.
-        embed_dim: width of the Swin's first level; E is 16 times that.
-        depths, num_heads, window: see `asa.models.swin.Swin`.
-        cross_heads, norm, self_attention, position: of SACA, see `asa.models.saca.SymmetryAwareBlock`.
+        cross_heads, norm, self_attention, position: see `SymmetryAwareBlock`.
         projection: width P.
-        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
+        img_size: of training, divisible by 32; this and all others are of the encoder, see `asa.models.swin.Swin`.
     """
 
     def __init__(
@@ -83,11 +157,7 @@ class SASwin(nn.Module):
         return f, counterpart, self.saca(f, counterpart, self.encoder.token_grid(volume))
 
     def forward(self, volume: Tensor, mirrored: Tensor) -> SASwinOutput:
-        """The heads' outputs for volumes with their mirror images.
-
-        Args:
-            volume: `(B, C, D, H, W)`.
-            mirrored: the same shape; voxel i is the counterpart of voxel i of `volume`.
+        """The heads' outputs for volumes `(B, C, D, H, W)` and their mirror images, whose voxel i belongs to voxel i.
 
         Raises:
             ValueError: shapes that the encoder does not take.
@@ -105,16 +175,15 @@ class SASwin(nn.Module):
     def asymmetry(
         self, volume: Tensor, mirrored: Tensor | None = None, level: int = MAP_LEVEL
     ) -> tuple[Tensor, Tensor]:
-        """Asymmetry of volumes: how much they differ from their mirror images. Zero-shot: nothing is trained for it.
+        """Asymmetry of volumes `(B, C, D, H, W)` of any size: how much they differ from their mirror images. Zero-shot.
 
         The map is computed from the encoder's features at one resolution and resampled to the volume's grid. Each
         channel is standardised first, over the foreground of both sides: features have a large common mean, next to
         which differences are small.
 
         Args:
-            volume: `(B, C, D, H, W)` of any size.
-            mirrored: the counterpart of each voxel, of the same shape. None: the volume's own mirror image, for whole
-                volumes with the mid-sagittal plane in the middle of W.
+            mirrored: the counterpart of each voxel. None: the volume's own mirror image, for whole volumes with the
+                mid-sagittal plane in the middle of W.
             level: of the features that the map compares: 0 for 1/2 of the resolution, 1 for 1/4, to 4 for 1/32.
 
         Returns:
@@ -136,10 +205,7 @@ class SASwin(nn.Module):
 
 
 def _standardised(features: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    """Features `(2 B, E, ...)` of volumes and of their counterparts, standardised per channel and in two halves.
-
-    Mean and standard deviation are over the foreground of both: voxels of `both` `(2 B, C, D, H, W)` other than 0.
-    """
+    """Features `(2 B, E, ...)` in two halves, standardised per channel over the foreground of both, `both` != 0."""
     head = (both != 0).any(dim=1, keepdim=True).float()
     one, other = F.interpolate(head, features.shape[2:], mode="area").chunk(2)  # fraction of foreground
     sides, voxels = features.float().chunk(2), (one + other).sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from asa.models import sa_swin
 from asa.models.kernels import in_safe_precision
-from asa.models.saca import SymmetryAwareBlock, with_mirror
+from asa.models.sa_swin import SymmetryAwareBlock, with_mirror
 from asa.models.swin import STRIDE, Swin
 from asa.ops.patches import grid_size
 
@@ -26,8 +26,7 @@ class SASwinUNet(nn.Module):
     Args:
         out_channels: classes K, background included.
         saca: the symmetry-aware block of the bottleneck.
-        across: attention heads of symmetry-aware blocks at further levels, by level: `{3: 6}`. Each attends over all
-            tokens of its level.
+        across: attention heads of such blocks at further levels, by level: `{3: 6}`. Each attends over all its tokens.
 
     Raises:
         ValueError: a volume of one token, or a level that does not exist.
@@ -63,18 +62,9 @@ class SASwinUNet(nn.Module):
     def forward(
         self, volume: Tensor, deep_supervision: bool = False, mirrored: Tensor | None = None
     ) -> Tensor | list[Tensor]:
-        """Segment volumes.
+        """Logits `(B, K, D, H, W)` of volumes `(B, C, D, H, W)`, with `deep_supervision` in a list of one resolution.
 
-        Args:
-            volume: `(B, C, D, H, W)`.
-            deep_supervision: return a list; this network has one resolution.
-            mirrored: the mirror image: voxel i is the counterpart of the volume's voxel i.
-
-        Returns:
-            Logits `(B, K, D, H, W)`, or a list of these.
-
-        Raises:
-            ValueError: the mirror images are missing.
+        `mirrored` are the mirror images: voxel i is the counterpart of the volume's voxel i; a ValueError without them.
         """
         fused = []
         for level, both in enumerate(self.encoder.levels(with_mirror(volume, mirrored))):

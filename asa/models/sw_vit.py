@@ -42,16 +42,14 @@ class LinearWindowAttention(nn.Module):
     Cost and memory are linear in the number of tokens. Any sequence length works: windows at the ends may be shorter.
 
     Args:
-        dim: token width E.
-        num_heads: heads M; M divides E.
+        dim, num_heads: token width E and heads M; M divides E.
         window: tokens S in a window.
         shift: first window edge; 0 for LW-MSA, S // 2 for SLW-MSA.
         bias: what the bias of two tokens depends on, for each head: `"sequence"`, their offset in the sequence, as in
             the paper; `"grid"`, the sum over the three axes of a bias of their offset on the grid along that axis,
             which means the same whichever tokens the sequence has, in whichever order.
 
-    Raises:
-        ValueError: a width that is not divisible by the heads, a shift outside 0..S-1, or another bias.
+    A ValueError for a width that is not divisible by the heads, a shift outside 0..S-1, or another bias.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0, bias: str = "sequence") -> None:
@@ -81,18 +79,14 @@ class LinearWindowAttention(nn.Module):
     def forward(self, tokens: Tensor, sequence: TokenSequence | None = None) -> Tensor:
         """Attend inside windows of a sequence of the tokens: `(B, L, E)` -> `(B, L, E)`, in the order given.
 
-        No token attends to padding. Without a sequence the tokens are one themselves.
-
-        Raises:
-            ValueError: a bias on the grid, and a sequence without coordinates.
+        No token attends to padding. Without a sequence the tokens are one themselves. A bias on the grid needs
+        coordinates, else a ValueError.
         """
         order, back, coordinates, valid = sequence or TokenSequence()
-        qkv = self.qkv(reorder(tokens, order))
+        qkv, table, out = self.qkv(reorder(tokens, order)), self._table(coordinates), []
         runs = window_runs(tokens.shape[1], self.window, self.shift)
         # The gradient of a split is one copy, that of several slices a sum.
         parts = qkv.split([n * size for _, n, size in runs], dim=1) if len(runs) > 1 else [qkv]
-        table = self._table(coordinates)
-        out = []
         for part, (start, n, size) in zip(parts, runs, strict=True):
             inside = slice(start, start + n * size)
             if coordinates is None or not self.on_grid:
@@ -128,13 +122,10 @@ class LinearWindowAttention(nn.Module):
 
 
 def window_runs(length: int, window: int, shift: int = 0) -> list[tuple[int, int, int]]:
-    """Cut a sequence of L tokens into consecutive windows of S, as runs of windows of equal size.
+    """Cut a sequence of L tokens into windows of S, as (start, count, size) of at most three runs of equal windows.
 
     The window edges are shift, shift + window, shift + 2*window, ... The tokens before the first edge and after the
     last one form shorter windows, so no window joins the two ends of the sequence and none contains padding.
-
-    Returns:
-        (start, count, size) of each run, at most three, in order and covering 0..L-1 once.
     """
     head = min(shift, length)
     count, tail = divmod(length - head, window)
@@ -143,16 +134,10 @@ def window_runs(length: int, window: int, shift: int = 0) -> list[tuple[int, int
 
 
 def grid_bias(coordinates: Tensor, table: Tensor) -> Tensor:
-    """Bias of every two tokens of a window: the sum over the axes of the table's entries at their coordinates.
+    """Bias of every two tokens of a window, `(N, M, S, S)`: of the token at the third index for that at the fourth.
 
-    As products with one-hot coordinates, since the gradient of a lookup would be added up entry by entry.
-
-    Args:
-        coordinates: one-hot, `(N, S, 3, A)`.
-        table: bias of two coordinates along each axis, `(3, A, M, A)`.
-
-    Returns:
-        `(N, M, S, S)`: of the token at the third index for that at the fourth.
+    It is the sum over the axes of the entries of `table` `(3, A, M, A)` at their one-hot coordinates `(N, S, 3, A)`, as
+    products, since the gradient of a lookup would be added up entry by entry.
     """
     n, size, _, a = coordinates.shape
     heads = table.shape[2]
@@ -218,10 +203,7 @@ def window_blocks(
 
 
 def run_block(block: nn.Module, *inputs: Any, checkpointing: bool) -> Tensor:
-    """A block's output. With `checkpointing` only its inputs are stored, and it is recomputed in the backward pass.
-
-    The results are the same to the bit, as the blocks draw no random numbers.
-    """
+    """A block's output; with `checkpointing` it is recomputed in the backward pass: the same, as no block is random."""
     if checkpointing and torch.is_grad_enabled():
         out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return out
@@ -232,14 +214,7 @@ SYMMETRIC = ("mirror", "paper", "mirror_sincos")  # position encodings that mirr
 
 
 def position_encoding(grid: Sequence[int], dim: int, position: str) -> Tensor:
-    """The position encoding of a token grid `(L, dim)`.
-
-    `"mirror"` and `"paper"` are symmetric, `"raster"` encodes a token's number in the same way without the symmetry,
-    and `"sincos"` has an encoding of each of the three axes, `"mirror_sincos"` the same with the symmetry.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
+    """The position encoding of a token grid `(L, dim)`, of a kind that `SWViT` names; a ValueError for another one."""
     if position in ("sincos", "mirror_sincos"):
         return sincos_position_encoding(grid, dim, symmetric=position == "mirror_sincos")
     if position not in ("mirror", "paper", "raster"):
@@ -252,11 +227,9 @@ class SWViT(nn.Module):
 
     Args:
         img_size: volume size in voxels, one number or (D, H, W).
-        patch_size: patch edge s in voxels.
-        in_channels: channels C of the volume.
-        embed_dim: token width E.
+        patch_size, in_channels: patch edge s in voxels, channels C of the volume.
+        embed_dim, num_heads: token width E, attention heads M.
         depth: blocks; every second one is shifted.
-        num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over E.
         window: tokens S in a window.
         position: position encoding: `"mirror"` (SPE), `"paper"` (SPE as printed), `"raster"` (SPE's code without its
@@ -310,10 +283,7 @@ class SWViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def layers_above(self, name: str) -> int:
-        """Layers between a parameter and the encoder's output: 0 for the final norm, 1 for the last block, and so on.
-
-        Used for layer-wise learning rate decay (as in BEiT and MAE).
-        """
+        """Layers between a parameter and the output, 0 for the final norm: for layer-wise decay, as in BEiT and MAE."""
         if name.startswith("blocks."):
             return len(self.blocks) - int(name.split(".")[1])
         return 0 if name.startswith("norm.") else len(self.blocks) + 1
@@ -336,8 +306,7 @@ class SWViT(nn.Module):
     def embed(self, volume: Tensor, visible: Tensor | None = None) -> Tensor:
         """Embed patches with their position encoding: `(B, C, D, H, W)` -> `(B, L, E)`.
 
-        With the indices `visible` `(B, V)` of some patches only those: `(B, V, E)`; with R rows of indices for each
-        volume `(B*R, V, E)`.
+        With R >= 1 rows of indices for each volume, `visible` `(B*R, V)`, only those: `(B*R, V, E)`.
         """
         self.check(volume)
         if self.mirror_patches:
@@ -348,10 +317,7 @@ class SWViT(nn.Module):
         return self.patch_embed(tokens_at(patches, visible)) + self.position[visible]
 
     def sequences(self, index: Tensor | None = None, valid: Tensor | None = None) -> list[TokenSequence]:
-        """The sequences that the blocks take in turn, of all tokens or of those at `index` `(B, V)`, without padding.
-
-        Padding is where `valid`, bool `(B, V)`, is False.
-        """
+        """The sequences that the blocks take in turn, of all tokens or those at `index` `(B, V)` that are `valid`."""
         if index is None and (self.orders is not None or self.coordinates is not None):
             index = torch.arange(len(self.position), device=self.position.device)[None]
         if index is None:
@@ -367,14 +333,10 @@ class SWViT(nn.Module):
         return [*states[:-1], self.norm(tokens)]
 
     def forward(self, volume: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode a volume, or its visible patches only.
+        """Encode volumes `(B, C, D, H, W)`: `(B, L, E)`, or with a mask the V visible tokens, in raster order.
 
         Args:
-            volume: `(B, C, D, H, W)`.
-            mask: bool `(B, L)`, True = masked, the same count in every sample; or `(B*R, L)`, R masks of each volume.
-
-        Returns:
-            `(B, L, E)`, or the visible tokens in raster order `(B, visible, E)`, of R masks `(B*R, visible, E)`.
+            mask: bool `(B*R, L)`, True = masked: R >= 1 masks of each volume, the same count in every one.
 
         Raises:
             ValueError: a volume or mask of another size.

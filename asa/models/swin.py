@@ -22,11 +22,9 @@ class Swin(nn.Module):
     It takes volumes of any size that is divisible by 32; `img_size` is the size of training crops and of windows.
 
     Args:
-        img_size: volume size in voxels, one number or (D, H, W).
-        in_channels: channels C.
+        img_size, in_channels: volume size in voxels, one number or (D, H, W); channels C.
         embed_dim: width e after the patch embedding of 2^3 voxels.
-        depths, num_heads: blocks and attention heads of each stage.
-        window: edge of an attention window in tokens.
+        depths, num_heads, window: blocks and attention heads of each stage, edge of an attention window in tokens.
         checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
 
     Raises:
@@ -68,8 +66,7 @@ class Swin(nn.Module):
     def levels(self, volume: Tensor) -> list[Tensor]:
         """Features of the five levels, finest first, each normalised over its channels: `(B, e * 2^k, ...)`.
 
-        Raises:
-            ValueError: other channels, or a size that is not divisible by 32.
+        A ValueError for other channels, or a size that is not divisible by 32.
         """
         if volume.ndim != 5 or volume.shape[1] != self.in_channels:
             raise ValueError(
@@ -87,7 +84,7 @@ class Swin(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def layers_above(self, name: str) -> int:
-        """Layers between a parameter and the encoder's output: 1 for the last block, and so on, as of `SWViT`."""
+        """Layers between a parameter and the output, 1 for the last block, as of `SWViT`."""
         depths = [len(getattr(self.swin, f"layers{stage}")[0].blocks) for stage in range(1, 5)]
         found = re.match(r"swin\.layers(\d)\.0\.(?:blocks\.(\d+))?", name)
         if found is None:

@@ -36,10 +36,7 @@ class Encoder(Protocol):
     """A module whose weights can be initialised from a checkpoint of other sizes."""
 
     def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
-        """A checkpoint's tensor as this encoder needs it, and what was changed; itself and "" if that is impossible.
-
-        `name` is the tensor's in this encoder, `patch_size` that of the checkpoint (None: this encoder's).
-        """
+        """A tensor of this name from a checkpoint of this patch size as needed here, else itself, and what changed."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -50,38 +47,26 @@ class Encoder(Protocol):
 class Source:
     """Weights that an encoder can be initialised from.
 
-    Args:
-        weights: names to tensors; those of the encoder are named `encoder.*`.
-        patch_size: the patch size they were trained with; None: the new encoder's.
-        names: names in the checkpoint of tensors that were renamed.
-        reasons: why tensors are left out or have been changed already, by their name in `weights`.
-        absent: suffixes of tensor names that this kind of encoder does not have; they are initialised with 0, which
-            is equivalent.
+    `absent` are suffixes of tensor names that this kind of encoder does not have: they are initialised with 0, which is
+    equivalent.
     """
 
-    weights: Mapping[str, Tensor]
-    patch_size: int | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, Tensor]  # those of the encoder are named encoder.*
+    patch_size: int | None = None  # that they were trained with; None: the new encoder's
+    names: Mapping[str, str] = field(default_factory=dict)  # in the checkpoint, of tensors that were renamed
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why some are left out or have been changed, by name
     absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What happens to one tensor.
+    """What happens to one tensor."""
 
-    Args:
-        name: with the prefix `encoder.` where it belongs to the encoder.
-        action: "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only).
-        source: the tensor's name in the checkpoint, empty if it is not there.
-        tensor: what the encoder's tensor is set to; None: it keeps its initial values.
-    """
-
-    name: str
-    action: str
+    name: str  # with the prefix encoder. where it belongs to the encoder
+    action: str  # "loaded", "adapted", "left out" (in the checkpoint only) or "not found" (in the encoder only)
     why: str
-    source: str = ""
-    tensor: Tensor | None = None
+    source: str = ""  # its name in the checkpoint, if it is there
+    tensor: Tensor | None = None  # what the encoder's is set to; None: it keeps its initial values
 
 
 def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
@@ -98,13 +83,12 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
             why = f"{tuple(tensor.shape)} does not fit {tuple(own[inner].shape)}"
             plan.append(Transfer(name, "left out", why, original))
         else:
-            why = "; ".join(part for part in (reason, change) if part)
+            why = "; ".join(filter(None, (reason, change)))
             plan.append(Transfer(name, "adapted" if why else "loaded", why or "same shape", original, adapted))
-    for inner, tensor in own.items():
-        name = PREFIX + inner
+    for name, tensor in ((PREFIX + inner, tensor) for inner, tensor in own.items()):
         if name in source.weights:
             continue
-        if inner.endswith(source.absent):
+        if name.endswith(source.absent):
             why = "0, as the checkpoint's kind has no such term"
             plan.append(Transfer(name, "adapted", why, tensor=torch.zeros_like(tensor)))
         else:
@@ -113,10 +97,7 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
 
 
 def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
-    """Load a checkpoint's encoder into another encoder, in place.
-
-    Returns:
-        The plan that was carried out; see `transfer_report`.
+    """Load a checkpoint's encoder into another encoder, in place; returns the plan that was carried out.
 
     Raises:
         ValueError: a tensor of the encoder would keep its initial values; nothing is loaded then.
@@ -129,10 +110,7 @@ def transfer_encoder(source: Source, encoder: Encoder) -> list[Transfer]:
 
 
 def why_refused(plan: list[Transfer], encoder: Encoder, fitting: str = "the model size") -> str | None:
-    """Why a plan is refused: it would leave a tensor of the encoder untrained. None: it is not.
-
-    `fitting` is the setting with which it would not, for the message.
-    """
+    """Why a plan is refused, if it leaves a tensor untrained; `fitting` is the setting with which it would not."""
     entries, names = {entry.name: entry for entry in plan}, [PREFIX + name for name in encoder.state_dict()]
     untrained = [name for name in names if entries[name].tensor is None]
     if not untrained:
@@ -145,10 +123,7 @@ def why_refused(plan: list[Transfer], encoder: Encoder, fitting: str = "the mode
 
 
 def other_position(source: Mapping[str, Any], target: Mapping[str, Any]) -> str | None:
-    """How two models' configurations treat positions differently, which no tensor's shape tells, and what to set.
-
-    None: they do not differ.
-    """
+    """How two models' configurations treat positions differently, if so, which no shape tells, and what to set."""
     before, now = ({key: node.get(key, usual) for key, usual in POSITIONS.items()} for node in (source, target))
     differing = [key for key in POSITIONS if before[key] != now[key]]
     if not differing:
@@ -189,8 +164,7 @@ def transfer_table(plan: list[Transfer], encoder: Encoder) -> str:
 def other_channels(kernel: Tensor, channels: int) -> tuple[Tensor, str]:
     """The kernel (E, C, d, h, w) of a first convolution for other channels, and what was changed.
 
-    It is summed over the old channels, repeated for each new one and divided by their number, so that equal channels
-    give the same features as before.
+    It is summed over the old channels and shared among the new ones: equal channels give the same features as before.
     """
     if kernel.ndim != 5 or kernel.shape[1] == channels:
         return kernel, ""
@@ -215,7 +189,7 @@ def other_patches(weight: Tensor, s: int, size: int, channels: int) -> tuple[Ten
 
 
 def other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
-    """A bias table (M, 2S-1) for another window, and what was changed. Its middle is offset 0.
+    """A bias table (M, 2S-1), whose middle is offset 0, for another window, and what was changed.
 
     Offsets in tokens keep their bias; offsets beyond the old window take the bias of its outermost one.
     """
@@ -223,10 +197,10 @@ def other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
     wider = window - before
     if wider == 0:
         return bias, ""
-    if wider > 0:
-        padded = F.pad(bias[None], (wider, wider), mode="replicate")[0]
-        return padded, f"window {before} to {window}, the outermost offset repeated"
-    return bias[:, -wider : bias.shape[1] + wider], f"window {before} to {window}, the outer offsets cut off"
+    if wider < 0:
+        return bias[:, -wider:wider], f"window {before} to {window}, the outer offsets cut off"
+    padded = F.pad(bias[None], (wider, wider), mode="replicate")[0]
+    return padded, f"window {before} to {window}, the outermost offset repeated"
 
 
 # ---- weights from elsewhere ----
@@ -235,9 +209,8 @@ def other_window(bias: Tensor, window: int) -> tuple[Tensor, str]:
 def from_monai(weights: Mapping[str, Tensor]) -> Source:
     """Weights of MONAI's ViT, or of a network that contains one (ViTAutoEnc, UNETR), under this project's names.
 
-    MONAI reads volumes as (x, y, z) and this project as (z, y, x), so the patches' axes are reversed. MONAI's learnt
-    position embeddings are left out, as positions are computed here. MONAI has no windows, so the relative position
-    bias inside them starts at 0.
+    MONAI reads volumes as (x, y, z) and this project as (z, y, x), so the patches' axes are reversed. Its learnt
+    position embeddings are left out, as positions are computed; it has no windows, so their bias starts at 0.
 
     Raises:
         ValueError: no such network, or patches that are not cubes.
@@ -271,10 +244,7 @@ def renamed(source: str, prefix: str, patterns: Sequence[tuple[str, str]]) -> st
 
 
 def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
-    """MONAI's patch projection as `(E, C*s^3)` in this project's order, and s.
-
-    It is (E, C, x, y, z) as a convolution and (E, x*y*z*C) as MONAI's "perceptron".
-    """
+    """MONAI's patch projection, (E, C, x, y, z) or (E, x*y*z*C) ("perceptron"), as `(E, C*s^3)` in our order, and s."""
     if tensor.ndim == 2:
         voxels = tensor.shape[1]
         sizes = [(c, round((voxels / c) ** (1 / 3))) for c in range(1, voxels + 1)]
@@ -288,8 +258,7 @@ def _reversed_patches(tensor: Tensor) -> tuple[Tensor, int]:
 def transfer_sa_swin(source: Source, model: nn.Module) -> str:
     """Load an SA-Swin's encoder and cross-attention into a network that has the same two, in place; says what was done.
 
-    That a network has all of the cross-attention, with as many heads, is for the caller to check: tensors do not tell.
-    A patch embedding for another number of channels is adapted, see `other_channels`.
+    The caller checks that it has all of the cross-attention, with as many heads. See `other_channels` for channels.
 
     Raises:
         ValueError: a tensor that the checkpoint does not have, or that has another shape.

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from asa.models import sw_vit
 from asa.models.kernels import in_float32, use_own_kernels
-from asa.models.saca import SymmetryAwareBlock, with_mirror
+from asa.models.sa_swin import SymmetryAwareBlock, with_mirror
 from asa.models.sw_vit import SWViT, run_block
 from asa.ops.patches import grid_size, token_map
 from asa.ops.symmetry import mirror_patches
 
 LEVELS = 6  # resolutions 1 to 1/32
 HEADS = 5  # resolutions with a segmentation head: 1 to 1/16
+BLOCK: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance")  # of all convolutions
 
 
 class SegmentationUNet(nn.Module):
@@ -33,11 +34,8 @@ class SegmentationUNet(nn.Module):
     at each of the five finest levels.
 
     Args:
-        encoder: the token encoder; its patch size is a power of two.
-        out_channels: classes K, background included.
-        feature_size: channels f of the finest level.
-        checkpointing: recompute what is inside the blocks in the backward pass: less memory, one more forward pass.
-            The encoder has a keyword of its own.
+        out_channels, feature_size: classes K, background included; channels f of the finest level.
+        checkpointing: as of the encoder, which has a keyword of its own.
         symmetry: the last tokens cross-attend to those of the mirror image (SACA) before they are decoded. That
             attention is over all pairs of tokens.
 
@@ -67,13 +65,12 @@ class SegmentationUNet(nn.Module):
         # The states after blocks 3, 5, 7, 9 and 12 of 12.
         self.taps = [max(round(depth * part / 12), 1) - 1 for part in (3, 5, 7, 9, 12)]
         width = [feature_size * 2**level for level in range(LEVELS)]
-        block: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance")
         self.image_block = UnetrBasicBlock(
-            in_channels=encoder.in_channels, out_channels=width[0], stride=1, res_block=True, **block
+            in_channels=encoder.in_channels, out_channels=width[0], stride=1, res_block=True, **BLOCK
         )
-        self.skips = nn.ModuleList(_skip(encoder.embed_dim, width, scale, level, block) for level in range(1, LEVELS))
+        self.skips = nn.ModuleList(_skip(encoder.embed_dim, width, scale, level) for level in range(1, LEVELS))
         self.ups = nn.ModuleList(
-            UnetrUpBlock(in_channels=a, out_channels=b, upsample_kernel_size=2, res_block=True, **block)
+            UnetrUpBlock(in_channels=a, out_channels=b, upsample_kernel_size=2, res_block=True, **BLOCK)
             for a, b in pairwise(reversed(width))
         )
         self.heads = nn.ModuleList(
@@ -84,16 +81,11 @@ class SegmentationUNet(nn.Module):
     def forward(
         self, volume: Tensor, deep_supervision: bool = False, mirrored: Tensor | None = None
     ) -> Tensor | list[Tensor]:
-        """Segment a volume.
+        """Segment volumes `(B, C, D, H, W)`: logits `(B, K, D, H, W)`.
 
         Args:
-            volume: `(B, C, D, H, W)`.
-            deep_supervision: return the logits of all five heads.
+            deep_supervision: return a list of the logits of all five heads, each at half the resolution of the last.
             mirrored: with `symmetry`, the mirror image: voxel i is the counterpart of the volume's voxel i.
-
-        Returns:
-            Logits `(B, K, D, H, W)`, or a list of five from the finest to the coarsest, each at half the resolution
-            of the one before.
 
         Raises:
             ValueError: a volume of another size than the encoder's, or a missing mirror image.
@@ -126,8 +118,8 @@ class SegmentationUNet(nn.Module):
 def _run(level: int, block: nn.Module, *maps: Tensor, checkpointing: bool) -> Tensor:
     """A block's output: on a CPU with channels last, and in float32 at the two coarsest levels.
 
-    The layout also avoids oneDNN's own, which has blocks of 16 channels and pads 24 to 32. At the coarsest levels a
-    bfloat16 convolution may be wrong: where a depth is 2, or a strided one ends at a width of 1.
+    The layout avoids oneDNN's own, which pads 24 channels to 32. At the coarsest levels a bfloat16 convolution may be
+    wrong: where a depth is 2, or a strided one ends at a width of 1.
     """
     layout = torch.channels_last_3d if maps[0].device.type == "cpu" else torch.contiguous_format
     maps = tuple(features.contiguous(memory_format=layout) for features in maps)
@@ -135,23 +127,17 @@ def _run(level: int, block: nn.Module, *maps: Tensor, checkpointing: bool) -> Te
     return in_float32(run, *maps) if level >= LEVELS - 2 else run(*maps)
 
 
-def _skip(embed_dim: int, width: list[int], scale: int, level: int, block: dict[str, Any]) -> nn.Module:
+def _skip(embed_dim: int, width: list[int], scale: int, level: int) -> nn.Module:
     """Token map at 1 / 2^scale -> features of a level, by transposed or strided convolutions."""
     if level < scale:
         return UnetrPrUpBlock(
-            in_channels=embed_dim,
-            out_channels=width[level],
-            num_layer=scale - level - 1,
-            stride=1,
-            upsample_kernel_size=2,
-            conv_block=True,
-            res_block=True,
-            **block,
-        )
+            in_channels=embed_dim, out_channels=width[level], num_layer=scale - level - 1, stride=1,
+            upsample_kernel_size=2, conv_block=True, res_block=True, **BLOCK,
+        )  # fmt: skip
     if level == scale:
-        return UnetrBasicBlock(in_channels=embed_dim, out_channels=width[level], stride=1, res_block=True, **block)
+        return UnetrBasicBlock(in_channels=embed_dim, out_channels=width[level], stride=1, res_block=True, **BLOCK)
     widths = [embed_dim, *width[scale + 1 : level + 1]]
-    return nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, stride=2, **block) for a, b in pairwise(widths)))
+    return nn.Sequential(*(UnetResBlock(in_channels=a, out_channels=b, stride=2, **BLOCK) for a, b in pairwise(widths)))
 
 
 def unet_base(out_channels: int, feature_size: int = 24, **overrides: Any) -> SegmentationUNet:

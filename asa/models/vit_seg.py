@@ -20,11 +20,9 @@ from asa.ops.symmetry import mirror_patches
 
 
 class TokenSegmentation(nn.Module):
-    """An encoder, and a head from its last tokens to logits. Only `ConvSegmentationViT` reads the image beside them.
+    """An encoder, and a head from its last tokens to logits of K classes, background included, or regions.
 
-    Args:
-        encoder: the token encoder.
-        out_channels: classes K, background included, or regions.
+    Only `ConvSegmentationViT` reads the image beside them.
     """
 
     mirrored = False
@@ -35,13 +33,9 @@ class TokenSegmentation(nn.Module):
         self.encoder, self.out_channels = encoder, out_channels
 
     def forward(self, volume: Tensor, deep_supervision: bool = False) -> Tensor | list[Tensor]:
-        """Segment a volume `(B, C, D, H, W)`.
+        """Logits `(B, K, D, H, W)` of volumes `(B, C, D, H, W)`, with `deep_supervision` in a list of one resolution.
 
-        Returns:
-            Logits `(B, K, D, H, W)`, with `deep_supervision` in a list of this one resolution.
-
-        Raises:
-            ValueError: a volume of another size than the encoder's.
+        A ValueError for volumes of another size than the encoder's.
         """
         logits = self.decode(self.encoder(volume))
         if self.encoder.mirror_patches:
@@ -71,11 +65,9 @@ class LinearSegmentationViT(TokenSegmentation):
 class SegmentationViT(TokenSegmentation):
     """A token encoder, and transposed convolutions from its last tokens to the logits of all voxels.
 
-    Whatever the head knows of the image, it reads from the tokens. (The U-Net of `asa.models.unet` reads the image
-    itself at its finest level.)
-
-    Each transposed convolution halves the voxel size and the width; kernel and stride are 2, so it is a linear map of
-    each token to its eight parts, and all of them are computed as matrix products.
+    Whatever the head knows of the image, it reads from the tokens, unlike a U-Net. Each transposed convolution halves
+    the voxel size and the width; kernel and stride are 2, so it is a linear map of each token to its eight parts, and
+    is computed as a matrix product.
 
     Raises:
         ValueError: a patch size that is not a power of two, or a width that cannot be halved as often.
@@ -101,14 +93,12 @@ class SegmentationViT(TokenSegmentation):
 class ConvSegmentationViT(TokenSegmentation):
     """A token encoder for what is where, and convolutions at half the resolution for where exactly it ends.
 
-    The last tokens are brought to half the resolution by transposed convolutions, as in `SegmentationViT`. The image
-    comes to it without a loss, eight voxels as eight channels. Residual convolutions of both, joined, give the logits
-    of eight voxels each. So nothing is computed at full resolution, where most of a U-Net's operations are; and what
-    the convolutions see of the image is near the voxel, so the anatomy has to come from the tokens.
+    The last tokens are brought to half the resolution by transposed convolutions, as in `SegmentationViT`, the image
+    without a loss, eight voxels as eight channels. Residual convolutions of both, joined, give the logits of eight
+    voxels each. Nothing is computed at full resolution, where most of a U-Net's operations are; and the convolutions
+    see the image near the voxel only, so the anatomy has to come from the tokens.
 
     Args:
-        encoder: the token encoder; its patch size is a power of two, 4 or more.
-        out_channels: classes K, background included, or regions.
         width: channels of the convolutions.
         blocks: residual blocks of two 3x3x3 convolutions.
 

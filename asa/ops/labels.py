@@ -31,8 +31,7 @@ def pairs_by_name(names: Sequence[str]) -> list[list[str]]:
 def joined_sides(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     """Class indices 0 ... count - 1 -> consecutive indices of which the left and the right of each pair share one.
 
-    Raises:
-        ValueError: a class that is in two pairs, or its own partner.
+    A ValueError for a class that is in two pairs, or its own partner.
     """
     if len({index for pair in pairs for index in pair}) < 2 * len(pairs):
         raise ValueError("a label is in more than one place of data.lateral_pairs: pair each label with one other")

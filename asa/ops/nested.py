@@ -18,13 +18,13 @@ def region_masks(label: Tensor, regions: Sequence[Sequence[int]]) -> Tensor:
 
 
 def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
-    """The order in which regions, name -> labels, are painted into a label map: outer ones first, inner ones over them.
+    """(index of the region, its own label) in the order of painting into a label map: inner regions over outer ones.
 
-    Each region paints its own label: the one that no region inside it has. A voxel gets the label of the innermost
-    region predicted there, whether or not the regions around that one are predicted too.
+    A region's own label is the one that no region inside it has. A voxel gets that of the innermost region predicted
+    there, whether or not the regions around that one are predicted too.
 
-    Returns:
-        (index of the region in `regions`, its own label), in order.
+    Args:
+        regions: name -> labels.
 
     Raises:
         ValueError: no regions; two that overlap without one being inside the other; a region with no or several labels
@@ -50,9 +50,9 @@ def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]
 
 
 def paint(probabilities: Iterable[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
-    """The label map, int32 `(D, H, W)`, of R probability maps `(D, H, W)`, which are read one by one.
+    """The label map, int32 `(D, H, W)`, of R probability maps `(D, H, W)`, which are read one by one, above 0.5.
 
-    A region is predicted above 0.5; where none is, the label is 0. The order is from `painting_order`.
+    Where no region is predicted, the label is 0. The order is from `painting_order`.
     """
     turn = {index: n for n, (index, _) in enumerate(order, start=1)}
     labels = torch.tensor([0, *(label for _, label in order)], dtype=torch.int32)

@@ -18,15 +18,10 @@ BOX_EDGES = (0.05, 0.25)  # smallest and largest edge of a random box, as a frac
 
 
 class Selection(NamedTuple):
-    """Some tokens of each sample, in raster order.
+    """Some tokens of each sample, in raster order; samples with fewer than N are padded with other tokens of theirs."""
 
-    Args:
-        indices: int64 `(B, N)`. Samples with fewer than N tokens are padded with other tokens of theirs.
-        valid: bool `(B, N)`, False for padding; None where every sample has N tokens.
-    """
-
-    indices: Tensor
-    valid: Tensor | None = None
+    indices: Tensor  # int64 (B, N)
+    valid: Tensor | None = None  # bool (B, N), False for padding; None where every sample has N tokens
 
     def to(self, device: torch.device) -> "Selection":
         """On another device, without waiting for it."""
@@ -40,29 +35,16 @@ class Selection(NamedTuple):
 
 
 class TokenSequence(NamedTuple):
-    """The order in which windows run over given tokens.
+    """The order in which windows run over given tokens; `(1, V, ...)` for all samples alike."""
 
-    Args:
-        order: int64 `(B, V)`, or `(1, V)` for all samples alike: which of the given tokens is at each place of the
-            sequence; None: they are in order.
-        back: the inverse: the place of each token.
-        coordinates: `(B, V, 3, A)` or `(1, V, 3, A)` of the token at each place, see `one_hot_coordinates`; None: not
-            known.
-        valid: bool `(B, V)`, False for padding, which is at the end of the sequence; None: there is none.
-    """
-
-    order: Tensor | None = None
-    back: Tensor | None = None
-    coordinates: Tensor | None = None
-    valid: Tensor | None = None
+    order: Tensor | None = None  # int64 (B, V): which of the tokens is at each place; None: they are in order
+    back: Tensor | None = None  # the inverse: the place of each token
+    coordinates: Tensor | None = None  # (B, V, 3, A) of the token at each place, see one_hot_coordinates
+    valid: Tensor | None = None  # bool (B, V), False for padding, which is at the end; None: there is none
 
 
 def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
-    """A size along three axes from one number for all axes, or from three.
-
-    Raises:
-        ValueError: not one or three positive integers.
-    """
+    """A size along three axes from one number for all axes, or from three; a ValueError if they are not positive."""
     sizes = (size,) * 3 if isinstance(size, int) else tuple(int(n) for n in size)
     if len(sizes) != 3 or min(sizes) < 1:
         raise ValueError(f"a size must be one or three positive integers (D, H, W), got {size}")
@@ -72,10 +54,8 @@ def triple(size: int | Sequence[int]) -> tuple[int, int, int]:
 def grid_size(spatial: Sequence[int], patch_size: int, *, several: bool = False) -> tuple[int, int, int]:
     """Patches along each axis of a volume (D, H, W).
 
-    With `several` the volume must have more than one.
-
     Raises:
-        ValueError: a size that is not divisible by the patch size, or a volume of one patch only.
+        ValueError: a size that is not divisible by the patch size, or, with `several`, a volume of one patch only.
     """
     sizes = triple(spatial)
     low, high = (tuple((n + more) // patch_size * patch_size for n in sizes) for more in (0, patch_size - 1))
@@ -90,43 +70,26 @@ def grid_size(spatial: Sequence[int], patch_size: int, *, several: bool = False)
 
 
 def patchify(volume: Tensor, patch_size: int) -> Tensor:
-    """Split volumes into patch tokens.
-
-    Args:
-        volume: `(B, C, D, H, W)`.
-        patch_size: edge s of a patch in voxels.
-
-    Returns:
-        `(B, L, C*s^3)`, L in raster order.
+    """Split volumes `(B, C, D, H, W)` into patch tokens `(B, L, C*s^3)`, L in raster order.
 
     Raises:
-        ValueError: sizes that are not divisible by s.
+        ValueError: sizes that are not divisible by the patch's edge s.
     """
     t, h, w = grid_size(volume.shape[2:], patch_size)
-    b, c = volume.shape[:2]
-    s = patch_size
+    b, c, s = *volume.shape[:2], patch_size
     tokens = volume.reshape(b, c, t, s, h, s, w, s)
     tokens = tokens.permute(0, 2, 4, 6, 1, 3, 5, 7)  # B T H W C s s s
     return tokens.reshape(b, t * h * w, c * s**3)
 
 
 def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
-    """Join patch tokens to volumes: the inverse of `patchify`.
-
-    Args:
-        tokens: `(B, L, C*s^3)`, L in raster order.
-        grid: patches along each axis (T, H, W).
-        patch_size: edge s of a patch in voxels.
-
-    Returns:
-        `(B, C, T*s, H*s, W*s)`.
+    """Join patch tokens `(B, L, C*s^3)` of a grid (T, H, W) to volumes `(B, C, T*s, H*s, W*s)`: undoes `patchify`.
 
     Raises:
         ValueError: a number or width of tokens that does not fit the grid.
     """
     t, h, w = triple(grid)
-    b, length, width = tokens.shape
-    s = patch_size
+    (b, length, width), s = tokens.shape, patch_size
     if length != t * h * w or width % s**3:
         raise ValueError(f"{length} tokens of {width} values do not fill a grid of {(t, h, w)} patches of {s}^3 voxels")
     c = width // s**3
@@ -141,10 +104,7 @@ def token_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
-    """Which patches of volumes `(B, C, D, H, W)` have a constant intensity in each channel: bool `(B, L)`.
-
-    Patches of background are such, patches of tissue are not. Raises as `grid_size`.
-    """
+    """Which patches of volumes `(B, C, D, H, W)` have a constant intensity in each channel, as air: bool `(B, L)`."""
     grid_size(volume.shape[2:], patch_size)
     low = high = volume
     for axis in (2, 3, 4):  # all at once would take ten times as long
@@ -156,17 +116,12 @@ def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
 def random_mask(
     batch: int, length: int, ratio: float, generator: torch.Generator | None = None, air: Tensor | None = None
 ) -> Tensor:
-    """Mask the same fraction of random tokens in each sample.
+    """Mask the same fraction of the L tokens in each of B samples: bool `(B, L)` on the generator's device.
 
     Args:
-        batch: samples B.
-        length: tokens L in a sample.
+        batch, length: B and L.
         ratio: fraction of tokens to mask; round(ratio * L) are masked, at least one and never all.
-        generator: random generator; the same state gives the same mask, on the generator's device.
         air: bool `(B, L)`, tokens that are neither masked nor counted in L; None: there are none.
-
-    Returns:
-        bool `(B, L)`, True = masked.
 
     Raises:
         ValueError: a ratio outside (0, 1), or fewer than two tokens besides air.
@@ -186,9 +141,7 @@ def random_mask(
 
 
 def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the visible `(B, L-M)` and of the masked tokens `(B, M)`, int64, each in raster order.
-
-    The mask is bool `(B, L)`, True = masked, with the same count in every sample.
+    """Indices of the visible `(B, L-M)` and of the masked tokens `(B, M)` of a mask `(B, L)`, int64, in raster order.
 
     Raises:
         ValueError: not a bool mask, different counts per sample, nothing visible or nothing masked.
@@ -206,10 +159,7 @@ def split_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select_tokens(chosen: Tensor) -> Selection:
-    """The chosen tokens of each sample, `(B, L)` bool.
-
-    Their largest number is read from the tensor, so this waits for a tensor on a GPU.
-    """
+    """The chosen tokens of each sample, `(B, L)` bool. It waits for a GPU: the largest number is read."""
     counts = chosen.sum(dim=1)
     fewest, most = counts.aminmax()
     # A stable sort of True before False keeps raster order.
@@ -224,38 +174,28 @@ def tokens_at(tokens: Tensor, indices: Tensor) -> Tensor:
 
 
 def alternating_orders(grid: int | Sequence[int]) -> Tensor:
-    """Three orders of the tokens of a grid (T, H, W), or a cube, each with another axis fastest.
+    """The place of each token of a grid (T, H, W), or a cube, in three orders, `(3, L)`; the first is raster order.
 
     W, H and T are the fastest axes in turn, and H, T and W the second fastest: runs of tokens that are longer than a
     row lie in each of the three planes.
-
-    Returns:
-        int64 `(3, L)`: the place of each token in each of the three orders, of which the first is raster order.
     """
     t_size, h_size, w_size = triple(grid)
-    t, h, w = torch.meshgrid(*(torch.arange(n) for n in (t_size, h_size, w_size)), indexing="ij")
-    places = [
-        (t * h_size + h) * w_size + w,
-        (w * t_size + t) * h_size + h,
-        (h * w_size + w) * t_size + t,
-    ]
-    return torch.stack([place.flatten() for place in places])
+    t, h, w = torch.cartesian_prod(*(torch.arange(n) for n in (t_size, h_size, w_size))).unbind(dim=1)
+    return torch.stack([(t * h_size + h) * w_size + w, (w * t_size + t) * h_size + h, (h * w_size + w) * t_size + t])
 
 
 def one_hot_coordinates(grid: int | Sequence[int]) -> Tensor:
     """One-hot coordinates of the tokens of a grid (T, H, W), or a cube, along each axis: `(L, 3, A)` float32."""
     sizes = triple(grid)
-    axes = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
-    return one_hot(torch.stack([axis.flatten() for axis in axes], dim=1), max(sizes)).float()
+    return one_hot(torch.cartesian_prod(*(torch.arange(n) for n in sizes)), max(sizes)).float()
 
 
 def token_sequences(
     index: Tensor, valid: Tensor | None, orders: Tensor | None, coordinates: Tensor | None
 ) -> list[TokenSequence]:
-    """The sequence of some tokens in each of several orders.
+    """The sequence of the tokens at `index`, int64 `(B, V)`, in each of several orders.
 
     Args:
-        index: int64 `(B, V)` of the tokens, in any order.
         valid: bool `(B, V)`, False for padding; None: there is none.
         orders: `(K, L)`, see `alternating_orders`; None: one sequence, of the tokens as they are given.
         coordinates: `(L, 3, A)`, see `one_hot_coordinates`; None: leave them out.
@@ -287,10 +227,7 @@ def reorder(tokens: Tensor, order: Tensor | None) -> Tensor:
 
 
 def random_boxes(shape: Sequence[int], largest: float, generator: torch.Generator) -> Tensor:
-    """Random boxes that cover a fraction of the voxels, drawn uniformly from 0 to `largest`, or slightly more.
-
-    For a volume (D, H, W); bool on the CPU, True inside a box. A `largest` of 0 gives no boxes.
-    """
+    """Boxes in a volume (D, H, W) that cover a fraction of it, drawn from 0 to `largest`, or slightly more; bool."""
     covered = np.zeros(tuple(shape), dtype=bool)
     wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size
     low, high = BOX_EDGES

@@ -16,7 +16,7 @@ def symmetric_position_encoding(
 ) -> Tensor:
     """Symmetric position encoding (SPE): mirrored tokens have the same encoding (Eq. (3), ASA, MICCAI 2022).
 
-    Each token (t, h, w) has one position, encoded by interleaved sines and cosines.
+    Each token (t, h, w) has one position, encoded by interleaved sines and cosines: `(L, dim)` float32.
 
     `"mirror"` (the default) is the position t*H*W + h*W + min(w, W-1-w): columns w and W-1-w have the same encoding to
     the bit, all others different ones, on any grid. `"paper"` is Eq. (3) as printed, t*T^2 + h*H - |W/2 - w| + W/2: it
@@ -27,17 +27,13 @@ def symmetric_position_encoding(
     Args:
         grid: tokens along each axis, (T, H, W) or one number for a cube.
         dim: width D of the encoding, even.
-        convention: `"mirror"`, `"paper"` or `"raster"`.
         temperature: base of the wavelengths.
-
-    Returns:
-        `(L, dim)` float32.
 
     Raises:
         ValueError: an odd `dim`, an empty grid or an unknown convention.
     """
-    t_size, h_size, w_size = triple(grid)
-    t, h, w = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (t_size, h_size, w_size)), indexing="ij")
+    t_size, h_size, w_size = sizes = triple(grid)
+    t, h, w = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in sizes)).unbind(dim=1)
     if convention == "mirror":
         position = t * h_size * w_size + h * w_size + torch.minimum(w, w_size - 1 - w)
     elif convention == "paper":
@@ -46,7 +42,7 @@ def symmetric_position_encoding(
         position = t * h_size * w_size + h * w_size + w
     else:
         raise ValueError(f'convention must be "mirror", "paper" or "raster", got {convention!r}')
-    return _sines_and_cosines(position.reshape(-1), dim, temperature).float()
+    return _sines_and_cosines(position, dim, temperature).float()
 
 
 def sincos_position_encoding(
@@ -62,7 +58,6 @@ def sincos_position_encoding(
         grid: tokens along each axis, (T, H, W) or one number for a cube.
         dim: width D of the encoding, at least 6. It is padded with zeros from the largest multiple of 6.
         symmetric: encode min(w, W-1-w) instead of w.
-        device: where it is computed; None: the default device.
 
     Raises:
         ValueError: a `dim` below 6 or an empty grid.

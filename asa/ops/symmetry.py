@@ -13,10 +13,7 @@ AXES = {"D": -3, "H": -2, "W": -1}
 
 
 def flip(volume: Tensor, axes: str = "W") -> Tensor:
-    """The mirror image, `(..., D, H, W)` -> the same shape; by default left-right, else along axes like "DW".
-
-    It is its own inverse.
-    """
+    """The mirror image, `(..., D, H, W)` -> the same shape; by default left-right, else along axes like "DW"."""
     return volume.flip([AXES[axis] for axis in axes])
 
 
@@ -30,9 +27,9 @@ def mirrored_start(start: Sequence[int], size: Sequence[int], width: int) -> lis
 
 
 def rotate_about_left_right(volume: Tensor, quarters: int) -> Tensor:
-    """Rotate by quarter turns about the left-right axis, the only axis whose rotations commute with the flip.
+    """Rotate `(..., D, H, W)` by quarter turns about the left-right axis; an odd number of them exchanges D and H.
 
-    `(..., D, H, W)`; an odd number of turns exchanges D and H.
+    No rotation about another axis commutes with the flip.
     """
     return volume.rot90(quarters, dims=(-3, -2))
 
@@ -58,12 +55,9 @@ def pad_to_multiple(volume: Tensor, multiple: int) -> Tensor:
 
 
 def mirror_patches(volume: Tensor, patch_size: int) -> Tensor:
-    """Mirror each patch of the right half within itself, so that mirrored structures have equal patches.
+    """Mirror each patch of the right half of `(B, C, D, H, W)` in its place, so that mirrored structures look alike.
 
-    The patches stay in their places; those of the middle column, if there is one, stay as they are. Its own inverse.
-
-    Args:
-        volume: `(B, C, D, H, W)`, W a multiple of the patch size.
+    Patches of the middle column, if there is one, stay as they are. W is a multiple of the patch size. Its own inverse.
     """
     columns = volume.unflatten(-1, (-1, patch_size))  # B C D H W/s s
     count = columns.shape[-2]

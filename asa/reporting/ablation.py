@@ -17,10 +17,10 @@ import numpy as np
 
 from asa.data.io.files import write_whole
 from asa.data.io.tables import csv_text
-from asa.evaluation.comparison import Run, common_subjects, latex_tabular, markdown_lines, mean_text, verdict
+from asa.evaluation.comparison import Run, common_subjects, mean_text, verdict
 from asa.evaluation.policies import CLASSIFICATION, MetricInfo, PolicyInfo, get_policy
 from asa.evaluation.statistics import means_by_subject
-from asa.evaluation.summary import Statistic, describe, number_text, several_cases
+from asa.evaluation.summary import Statistic, describe, latex_tabular, markdown_lines, number_text, several_cases
 from asa.reporting.plots import panels, plain, png_of
 
 MEAN = "mean"  # of the regions of a case
@@ -31,40 +31,27 @@ COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#c
 
 @dataclass(frozen=True)
 class Trial:
-    """One trained network and its evaluation.
-
-    Args:
-        labelled: how many subjects it was fine-tuned on, as text.
-        seed: of its split, first weights and crops.
-    """
+    """One trained network and its evaluation."""
 
     arm: str
-    labelled: str
-    seed: int
+    labelled: str  # how many subjects it was fine-tuned on
+    seed: int  # of its split, first weights and crops
     run: Run
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm with one number of labelled subjects, in one metric and region.
-
-    Args:
-        values: over the cases, each averaged over the seeds that tested it, or over subjects, averaged over both.
-        seeds: number of trials.
-        seed_sd: standard deviation of the trials' means with n - 1; NaN below two.
-        difference: from the first arm, likewise, where both were run with the same seeds; None for that arm.
-        unit: "subject" if one has several cases, else "case".
-    """
+    """One arm with one number of labelled subjects, in one metric and region."""
 
     labelled: str
     arm: str
     metric: MetricInfo
     region: str
-    values: Statistic
-    seeds: int
-    seed_sd: float
-    difference: Statistic | None
-    unit: str
+    values: Statistic  # over cases, each averaged over the seeds that tested it, or over subjects, averaged over both
+    seeds: int  # number of trials
+    seed_sd: float  # standard deviation of the trials' means with n - 1; NaN below two
+    difference: Statistic | None  # from the first arm, where both were run with the same seeds; None for that arm
+    unit: str  # "subject" if one has several cases, else "case"
 
 
 def labelled_text(count: int | float | None) -> str:
@@ -83,14 +70,7 @@ def trial_line(trial: Trial) -> str:
 
 
 def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], notes: Sequence[str] = ()) -> None:
-    """Write the tables, as CSV, Markdown and LaTeX, with notes for their readers, and the figure.
-
-    Args:
-        arms: their names in order; the others are compared with the first.
-
-    Raises:
-        ValueError: trials that were scored in different ways.
-    """
+    """Write the tables, with notes for their readers, and the figure; the first arm is the one to compare with."""
     rows = ablation_rows(trials, arms)
     write_whole(out / "ablation.csv", _csv(rows).encode())
     write_whole(out / "ablation.md", markdown(rows, trials, arms, notes).encode())
@@ -99,17 +79,12 @@ def write_ablation(out: Path, trials: Sequence[Trial], arms: Sequence[str], note
 
 
 def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
-    """The numbers of an ablation.
+    """The numbers by metric, number of labelled subjects, arm, and region, with the mean of the regions last.
 
     A case that several seeds tested counts once, with the average of its values: the interval is over cases, and does
     not become narrower by testing a case again. The difference from the first arm is taken seed by seed and case by
-    case, so that both were fine-tuned and tested on the same subjects.
-
-    Returns:
-        Rows by metric, number of labelled subjects, arm, and region, with the mean of the regions last.
-
-    Raises:
-        ValueError: trials that were scored in different ways.
+    case, so that both were fine-tuned and tested on the same subjects. A ValueError for trials that were scored in
+    different ways.
     """
     for trial in trials[1:]:
         if different := [key for key, value in trials[0].run.setting.items() if trial.run.setting[key] != value]:
@@ -128,25 +103,20 @@ def ablation_rows(trials: Sequence[Trial], arms: Sequence[str]) -> list[Row]:
 
 
 def _row(
-    chosen: Sequence[Trial],
-    first: Sequence[Trial] | None,
-    metric: MetricInfo,
-    region: str,
-    subjects: Mapping[str, str],
+    chosen: list[Trial], first: list[Trial] | None, metric: MetricInfo, region: str, subjects: Mapping[str, str]
 ) -> Row:
     values = _values(chosen, metric, region, subjects)
     means = [_mean(trial, metric, region, subjects) for trial in chosen]
     difference = None
     if first is not None:
         before = _values(first, metric, region, subjects)
-        gaps = {key: values[key] - before[key] for key in values if key in before}
-        difference = _over_subjects(gaps, (-math.inf, math.inf))
+        difference = describe(_means({key: values[key] - before[key] for key in values if key in before}))
     return Row(
         labelled=chosen[0].labelled,
         arm=chosen[0].arm,
         metric=metric,
         region=region,
-        values=_over_subjects(values, metric.bounds),
+        values=describe(_means(values), metric.bounds),
         seeds=len(chosen),
         seed_sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
         difference=difference,
@@ -167,12 +137,8 @@ def _values(
     return found
 
 
-def _over_subjects(values: dict[tuple[int, str, str], float], bounds: tuple[float, float]) -> Statistic:
-    """Statistic over the subjects, each the average over its cases and seeds."""
-    return describe(_means(values), bounds)
-
-
 def _means(values: dict[tuple[int, str, str], float]) -> list[float]:
+    """The average of each subject over its cases and seeds."""
     return means_by_subject([*values.values()], [subject for _, subject, _ in values])
 
 

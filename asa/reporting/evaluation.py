@@ -1,15 +1,20 @@
-"""The page of an evaluation of label maps: tables, box plots, the worst and best cases in three planes."""
+"""The pages of an evaluation of label maps and of a comparison.
+
+Both have tables and plots; the one the worst and best cases in three planes, the other the cases that differ most.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from asa.data.io.files import sha256_of
 from asa.data.io.nifti import check_same_geometry, read_image, read_label, spacing_of, to_ras
+from asa.evaluation.comparison import Comparison, Run, comparison_rows, notes, paired_differences, verdicts
 from asa.evaluation.metrics import bounding_box
 from asa.evaluation.policies import MetricInfo
 from asa.evaluation.statistics import LEVEL, RESAMPLES, SEED, interval_kind
@@ -25,13 +30,15 @@ from asa.evaluation.summary import (
 )
 from asa.reporting.figures import Lengths, central_slices, encode_png, hex_colour, label_colours, overlay_panel
 from asa.reporting.pages import data_uri, require_for_page, write_page
-from asa.reporting.plots import box_plots
+from asa.reporting.plots import box_plots, difference_plots
 
 SHOWN = 2  # worst cases with a figure, and as many best ones
 PANEL_WIDTH = 1160  # pixels
 MAX_OPEN_ROWS = 60  # a longer table of cases is collapsed at first
 WORST_ROWS = 10  # labels listed above a case's figure, the worst first
 MARGIN = 4  # voxels around the head in a figure
+EXTREMES = 5  # largest losses listed on the page of a comparison, and as many of the largest gains
+OVERLAYS = 2  # cases drawn of each
 
 # The half of Okabe and Ito's palette that labels do not use first.
 DIFFERENCES = {
@@ -52,10 +59,7 @@ class CaseFiles:
 
 
 def write_report(path: Path, summary: SegmentationSummary, cases: Sequence[CaseFiles]) -> None:
-    """Write the page of an evaluation of label maps; the files of the worst and best cases are read again.
-
-    An ImportError without the `report` extra; a ValueError for an image that does not lie on its truth's grid.
-    """
+    """Write the page of an evaluation of label maps; the files of the worst and best cases are read again."""
     require_for_page(path)
     files = {case.case_id: case for case in cases}
     order = list(case_scores(summary))
@@ -181,15 +185,9 @@ def label_panel(
 ) -> dict[str, Any]:
     """Template values of a panel: a case's image and label maps on the slices through the middle of a region.
 
-    Args:
-        paths: title and file of the truth, and of one prediction or more; the image is on the same grid.
-        labels: label value -> name.
-        ignored: values of the truth that a policy ignores.
-        region: label values; it is searched for in the truth, else in the predictions.
-        differences: draw those between the truth and the first prediction too.
-
-    Raises:
-        FileNotFoundError, ValueError: a file that is missing, unreadable or on another grid.
+    `paths` are title and file of the truth, and of one prediction or more, `labels` label value -> name, `ignored` the
+    values of the truth that a policy ignores. The region is searched for in the truth, else in the predictions;
+    `differences` are those between the truth and the first prediction.
     """
     volumes, grey, spacing = _read_volumes(case_id, [path for _, path in paths], image)
     inside = [np.isin(values, region) for values in volumes]
@@ -246,3 +244,98 @@ def differences_of(truth: np.ndarray, prediction: np.ndarray, ignored: Sequence[
     """Where two label maps differ: 1 missed, 2 added, 3 another label, as in `DIFFERENCES`."""
     same = (truth == prediction) | np.isin(truth, ignored)
     return np.select([same, prediction == 0, truth == 0], [0, 1, 2], default=3)
+
+
+# ---- the page of a comparison: cases that differ most, and their overlays ----
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write the page of a comparison; an ImportError if the `report` extra is not installed."""
+    require_for_page(path)
+    extremes, rows = _extremes(comparison), list(comparison_rows(comparison))
+    overlays = [figure for row in _shown(extremes) if (figure := _overlay(comparison, row))]
+    write_page(
+        path,
+        "comparison.html.j2",
+        comparison=comparison,
+        policy=comparison.policy,
+        first=comparison.runs[0].name,
+        notes=notes(comparison),
+        verdicts=verdicts(comparison),
+        headings=comparison.headings[1:],
+        table=[(metric, [row[1:] for row in rows if row[0] == metric.heading]) for metric in comparison.metrics],
+        plots=data_uri(difference_plots(comparison)),
+        significant={key for key, difference in comparison.differences.items() if difference.p_holm < 0.05},
+        extremes=extremes,
+        overlays=overlays,
+    )
+
+
+def _extremes(comparison: Comparison) -> list[dict[str, str]]:
+    """The cases with the largest losses in the first metric, the largest first, then those with the largest gains."""
+    metric, first = comparison.metrics[0], comparison.runs[0]
+    entries = []
+    for run, region in product(comparison.runs[1:], comparison.regions):
+        differences = paired_differences(comparison, metric, region, run)
+        gained = (differences if metric.higher_is_better else -differences).tolist()
+        pairs = zip(gained, comparison.case_ids, strict=True)
+        entries += [(gain, case_id, region, run) for gain, case_id in pairs if abs(gain) > 0]  # neither NaN nor 0
+    entries.sort(key=lambda entry: entry[:3])
+    losses, gains = ([entry for entry in entries if entry[0] * sign > 0] for sign in (-1, 1))
+    return [
+        {
+            "case": case_id,
+            "region": region,
+            "run": run.name,
+            "first": _score(comparison, first, case_id, region),
+            "value": _score(comparison, run, case_id, region),
+            "kind": "better" if gain > 0 else "worse",
+        }
+        for gain, case_id, region, run in losses[:EXTREMES] + gains[::-1][:EXTREMES]
+    ]
+
+
+def _score(comparison: Comparison, run: Run, case_id: str, region: str) -> str:
+    metric = comparison.metrics[0]
+    return number_text(run.values[case_id, region][metric.name], metric.digits)
+
+
+def _shown(extremes: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows whose cases are drawn: the largest losses and gains, each case once."""
+    rows: dict[str, dict[str, str]] = {}
+    for kind in ("worse", "better"):
+        found: dict[str, dict[str, str]] = {}
+        for row in extremes:
+            if row["kind"] == kind and row["case"] not in rows:
+                found.setdefault(row["case"], row)
+        rows |= dict(list(found.items())[:OVERLAYS])
+    return list(rows.values())
+
+
+def _overlay(comparison: Comparison, row: dict[str, str]) -> dict[str, Any] | None:
+    """Truth and every run's label map of a case on the same slices; None if a file is unknown, gone, or another now."""
+    case_id, region, metric = row["case"], row["region"], comparison.metrics[0]
+    files = {run.name: run.files.get(case_id, {}) for run in comparison.runs}
+    first, setting = files[comparison.runs[0].name], comparison.runs[0].setting
+    truth, image = _unchanged(first, "truth"), _unchanged(first, "image")
+    predictions = {name: path for name, each in files.items() if (path := _unchanged(each, "prediction")) is not None}
+    if truth is None or len(predictions) < len(files) or (image is None and first.get("image") is not None):
+        return None
+    panel = label_panel(
+        case_id,
+        [("Truth", truth), *predictions.items()],
+        image,
+        labels={int(value): name for value, name in setting["labels"].items()},
+        ignored=setting["ignored labels"],
+        region=setting["regions"][region],
+    )
+    scores = [f"{run.name} {_score(comparison, run, case_id, region)}" for run in comparison.runs]
+    return panel | {"title": f"{case_id}, {region}: {metric.title} {', '.join(scores)}"}
+
+
+def _unchanged(files: Mapping[str, str | None], kind: str) -> Path | None:
+    """A file of a case; None if it is unknown, gone, or written again since it was scored."""
+    path, digest = files.get(kind), files.get(f"{kind}_sha256")
+    if path is None or not Path(path).is_file() or digest not in (None, sha256_of(path)):
+        return None
+    return Path(path)

@@ -38,11 +38,10 @@ def label_colours(count: int) -> np.ndarray:
 
 
 def central_slices(mask: np.ndarray) -> Index:
-    """Slices `(d, h, w)` through the centre of a mask `(D, H, W)`; each of them meets the mask, unless it is empty.
+    """Slices `(d, h, w)` through the centre of a mask `(D, H, W)`, which they meet; of an empty one through the middle.
 
     The centre is the median position on each axis; along W, that of the half that contains more of the mask. The
-    median over both hemispheres would be the midline, where there is little to see. The slices of an empty mask are
-    those in the middle, next to the midline.
+    median over both hemispheres would be the midline, where there is little to see.
     """
     if not mask.any():
         return _default_slices(mask.shape)
@@ -63,21 +62,15 @@ def overlay_panel(
     spacing: Lengths = (1.0, 1.0, 1.0),
     tile_width: int | None = None,
 ) -> np.ndarray:
-    """Draw an image and, next to it, one copy per label map with the labels filled and outlined.
-
-    Rows are the axial, coronal and sagittal plane; columns are the plain image (if there is one) and the label maps in
-    order.
+    """Draw an image and, next to it, one copy per label map with the labels filled and outlined, in three planes.
 
     Args:
         image: grey values `(D, H, W)`, or None to draw the labels on black.
-        labels: integer maps `(D, H, W)`; value k > 0 has the colour in row k - 1, 0 is not drawn.
+        labels: integer maps of the same shape; value k > 0 has the colour in row k - 1, 0 is not drawn.
         colours: for each label map RGB uint8 `(K, 3)`; None: `label_colours`.
         at: slices `(d, h, w)`; by default the middle, for the sagittal plane next to the midline.
         spacing: voxel size along D, H, W in mm; slices are drawn in true proportions.
         tile_width: width of a column in pixels; by default a pixel has the smallest voxel size.
-
-    Raises:
-        ValueError: no arrays, or arrays that are not 3-D and of one shape.
     """
     shape = _common_shape([*labels] if image is None else [image, *labels])
     tables = [label_colours(int(values.max(initial=0))) for values in labels] if colours is None else colours
@@ -85,15 +78,12 @@ def overlay_panel(
     window = (0.0, 1.0) if image is None else _window(image)
     volume = np.zeros(shape, dtype=np.float32) if image is None else image
     pitch = min(spacing) if tile_width is None else max(shape[1] * spacing[1], shape[2] * spacing[2]) / tile_width
-
     rows = []
     for plane in range(3):
         grey = _grey(_resize(_slice(volume, plane, at), plane, spacing, pitch), window)
-        row = [] if image is None else [grey]
-        for values, table in zip(labels, tables, strict=True):
-            drawn = _resize(_slice(values, plane, at), plane, spacing, pitch, labels=True)
-            row.append(_blend(grey, drawn, table, OPACITY))
-        rows.append(row)
+        drawn = (_resize(_slice(values, plane, at), plane, spacing, pitch, labels=True) for values in labels)
+        filled = [_blend(grey, values, table, OPACITY) for values, table in zip(drawn, tables, strict=True)]
+        rows.append(filled if image is None else [grey, *filled])
     return _grid(rows)
 
 
@@ -107,28 +97,20 @@ def reconstruction_panel(
 ) -> np.ndarray:
     """Draw input, masked input, prediction and importance, each `(D, H, W)`, side by side, in three planes.
 
-    The first three have the grey window of the input, so that a wrong intensity is visible. Importance is drawn from
-    black over red and yellow to white, on its own scale.
-
-    Args:
-        masked: the input with its masked patches set to NaN, which are drawn in slate blue.
-        titles: of the columns; with them, colour bars and the colour of masked patches are drawn below.
-
-    Raises:
-        ValueError: arrays that are not 3-D and of one shape.
+    The first three have the grey window of the input, so that a wrong intensity is visible; NaN, the masked patches,
+    is slate blue. Importance is drawn from black over red and yellow to white, on its own scale. With `titles` of the
+    columns, colour bars and the colour of masked patches are drawn below.
     """
     at, window = _default_slices(_common_shape([input, masked, prediction, importance])), _window(input)
     scores = (float(np.nanmin(importance)), float(np.nanpercentile(importance, 99.5)))
-    rows = []
-    for plane in range(3):
-        row = [_grey(_slice(volume, plane, at), window) for volume in (input, masked, prediction)]
-        row.append(heat(_slice(importance, plane, at), scores))
-        rows.append(row)
+    drawn = ((input, _grey, window), (masked, _grey, window), (prediction, _grey, window), (importance, heat, scores))
+    panel = _grid([[draw(_slice(volume, k, at), limits) for volume, draw, limits in drawn] for k in range(3)])
     if titles is None:
-        return _grid(rows)
-    panel = with_legend(_grid(rows), ["masked"], _MASKED[None]) if np.isnan(masked).any() else _grid(rows)
+        return panel
+    if np.isnan(masked).any():
+        panel = with_legend(panel, ["masked"], _MASKED[None])
     bars = [("prepared intensity", window, _grey), (titles[-1], scores, heat)]
-    return titled(with_colour_bars(panel, bars), titles)
+    return titled(_with_colour_bars(panel, bars), titles)
 
 
 def thumbnail_row(
@@ -139,19 +121,18 @@ def thumbnail_row(
     midline: Sequence[tuple[float, float]] | None = None,
     side: int = 192,
 ) -> np.ndarray:
-    """Draw one scan's three slices side by side, with the outline of the brain and the mid-sagittal plane.
+    """Draw one scan's three slices side by side, with the inner edge of the brain and the mid-sagittal plane (dashed).
 
     All three have one scale and true proportions; the longest side of the volume fills a cell of `side` pixels.
 
     Args:
-        slices: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8.
-        masks: bool brain masks of the same shapes; their inner edge is drawn.
+        slices: axial (H, W), coronal (D, W) and sagittal (D, H) slice, uint8; `masks` are bool, of the same shapes.
         spacing: voxel size along D, H, W in mm.
-        midline: the mid-sagittal plane as a dashed line, in voxels along W: (at h = 0, at h = H - 1) on the axial
-            slice and (at d = 0, at d = D - 1) on the coronal one.
+        midline: the mid-sagittal plane in voxels along W: (at h = 0, at h = H - 1) on the axial slice and (at d = 0,
+            at d = D - 1) on the coronal one.
     """
-    (height, width), depth = slices[0].shape, len(slices[1])
-    pitch = max(size * step for size, step in zip((depth, height, width), spacing, strict=True)) / side
+    shape = (len(slices[1]), *slices[0].shape)  # D H W
+    pitch = max(size * step for size, step in zip(shape, spacing, strict=True)) / side
     cells = []
     for plane, (values, mask) in enumerate(zip(slices, masks, strict=True)):
         level = np.rint(_resize(values[::-1, ::-1], plane, spacing, pitch)).astype(np.uint8)
@@ -191,19 +172,20 @@ def with_legend(picture: np.ndarray, names: Sequence[str], colours: np.ndarray) 
     return np.concatenate([large, np.asarray(bar)])
 
 
-def with_colour_bars(picture: np.ndarray, bars: Sequence[ColourBar]) -> np.ndarray:
+def _with_colour_bars(picture: np.ndarray, bars: Sequence[ColourBar]) -> np.ndarray:
     """A picture (H, W, 3) enlarged as by `titled`, and below it colour bars: name, first value, colours, last value."""
     large, font = _readable(picture), ImageFont.load_default(TITLE * 0.6)
     line, x, side = Image.new("RGB", (large.shape[1], TITLE)), 0, TITLE // 2
+    draw = ImageDraw.Draw(line)
     for name, (low, high), colours in bars:
-        ramp = np.broadcast_to(colours(np.linspace(low, high, 4 * TITLE)[None], (low, high)), (side, 4 * TITLE, 3))
-        for part in (f"{name}:  {low:.2g}", Image.fromarray(np.ascontiguousarray(ramp)), f"{high:.2g}"):
-            if isinstance(part, str):
-                ImageDraw.Draw(line).text((x, TITLE / 2), part, font=font, anchor="lm")
-            else:
-                line.paste(part, (x, side // 2))
-            x += side + (round(font.getlength(part)) if isinstance(part, str) else part.width)
-        x += TITLE
+        first, last = f"{name}:  {low:.2g}", f"{high:.2g}"
+        draw.text((x, TITLE / 2), first, font=font, anchor="lm")
+        x += side + round(font.getlength(first))
+        ramp = colours(np.linspace(low, high, 4 * TITLE)[None], (low, high)).repeat(side, axis=0)
+        line.paste(Image.fromarray(ramp), (x, side // 2))
+        x += side + 4 * TITLE
+        draw.text((x, TITLE / 2), last, font=font, anchor="lm")
+        x += side + round(font.getlength(last)) + TITLE
     return np.concatenate([large, np.asarray(line)])
 
 
@@ -232,12 +214,11 @@ def hex_colour(colour: Sequence[int] | np.ndarray) -> str:
     return "#" + "".join(f"{int(part):02x}" for part in colour)
 
 
-def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, int, int]:
+def _common_shape(volumes: Sequence[np.ndarray]) -> tuple[int, ...]:
     shapes = {volume.shape for volume in volumes}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 3:
+    if len(shapes) != 1 or volumes[0].ndim != 3:
         raise ValueError(f"a panel takes (D, H, W) arrays of one shape, got {sorted(shapes)}")
-    ((depth, height, width),) = shapes
-    return depth, height, width
+    return volumes[0].shape
 
 
 def _default_slices(shape: tuple[int, ...]) -> Index:
@@ -319,10 +300,7 @@ def _cell(tile: np.ndarray, height: int, width: int, sides: tuple[str, str]) -> 
 
 
 def _draw_midline(tile: np.ndarray, shape: tuple[int, ...], ends: tuple[float, float]) -> None:
-    """Draw a dashed line from the top to the bottom of a tile, of a slice of this shape.
-
-    `ends` are its positions along the last axis of the slice at the first and last row.
-    """
+    """Draw a dashed line down a tile of a slice of this shape, whose first and last row it meets at `ends`."""
     (rows, columns), (height, width) = shape, tile.shape[:2]
     y = np.flatnonzero(np.arange(height) % 8 < 5)
     row = rows - 0.5 - (y + 0.5) * rows / height  # upside down in the tile

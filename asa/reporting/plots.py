@@ -1,8 +1,9 @@
-"""Plots of evaluations and comparisons, drawn with matplotlib (the `report` extra)."""
+"""Plots of evaluations and comparisons, and the page of a probe, drawn with matplotlib (the `report` extra)."""
 
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy as np
 from asa.evaluation.comparison import Comparison, paired_differences
 from asa.evaluation.policies import MetricInfo
 from asa.evaluation.summary import Summary
+from asa.reporting.pages import data_uri, require_for_page, write_page
 
 COLUMNS = 3  # metrics side by side
-POINT, LINE, INTERVAL, MEDIAN = "#0284c7", "#374151", "#111827", "#b45309"
+POINT, LINE, INTERVAL, MEDIAN, ZERO = "#0284c7", "#374151", "#111827", "#b45309", "#4b5563"
+NARROW, PER_SITE = 3.6, 0.35  # inches: height of the figure of a probe, and at least that of each site
 
 
 def box_plots(summary: Summary) -> bytes:
@@ -66,7 +69,7 @@ def difference_plots(comparison: Comparison) -> bytes:
                 axis.plot(ends, [index, index], color=INTERVAL, linewidth=2.2, solid_capstyle="butt")
             if not math.isnan(difference.mean):
                 axis.plot(difference.mean, index, "D", color=INTERVAL, markersize=5.5, markeredgecolor="white")
-        axis.axvline(0.0, color="#4b5563", linewidth=1.0, zorder=0)
+        axis.axvline(0.0, color=ZERO, linewidth=1.0, zorder=0)
         side = "right" if metric.higher_is_better else "left"
         axis.set_xlabel(f"difference in {metric.heading}; better to the {side}")
     return png_of(figure)
@@ -116,3 +119,58 @@ def scatter(axis: Any, values: Any, index: int, generator: np.random.Generator, 
     """A point per value in row `index`, displaced at random so that equal values can be seen."""
     rows = index + generator.uniform(-0.16, 0.16, len(values))
     axis.scatter(values, rows, color=POINT, edgecolors="white", linewidths=0.4, **style)
+
+
+def write_probe(
+    path: Path,
+    column: str,
+    lines: Sequence[str],
+    truth: Sequence[str],
+    predicted: np.ndarray,
+    sites: tuple[str, Sequence[str]] | None,
+) -> None:
+    """Write the page of a probe: scores, predicted against true, and for numbers the residuals by site.
+
+    `lines` are what the command prints, `truth` the N values of the column as text, `predicted` numbers `(N,)` or names
+    of classes, `sites` the name of a column and its values; None: all scans are drawn as one.
+    """
+    require_for_page(path)
+    numeric = predicted.dtype.kind == "f"
+    plot = data_uri(png_of(_probe_figure(column, np.array(truth, float), predicted, sites))) if numeric else None
+    classes = [] if numeric else sorted({*truth, *predicted.tolist()})
+    pairs = list(zip(truth, predicted.tolist(), strict=True))
+    counts = [(true, [pairs.count((true, found)) for found in classes]) for true in classes]
+    by = None if sites is None else sites[0]
+    write_page(path, "probe.html.j2", column=column, lines=lines, plot=plot, by=by, classes=classes, counts=counts)
+
+
+def _probe_figure(
+    column: str, truth: np.ndarray, predicted: np.ndarray, sites: tuple[str, Sequence[str]] | None
+) -> Any:
+    """Predicted against true with the line where they agree, and boxes of predicted - true by site."""
+    from matplotlib.figure import Figure
+
+    name, values = ("", ["all scans"] * len(truth)) if sites is None else sites
+    names, of = np.unique(values, return_inverse=True)
+    height = max(NARROW, 1 + PER_SITE * len(names))
+    figure = Figure(figsize=(10.4, height), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    both = np.concatenate([truth, predicted])
+    ends = [both.min(), both.max()]
+    left.plot(ends, ends, color=ZERO, linewidth=1.0, label="predicted = true")
+    left.scatter(truth, predicted, s=16, alpha=0.7, color=POINT, edgecolors="white", linewidths=0.4, label="one scan")
+    left.set(xlabel=f"{column}, true", ylabel=f"{column}, predicted")
+    left.legend(frameon=False)
+    residuals = predicted - truth
+    groups = [residuals[of == k] for k in range(len(names))]
+    right.boxplot(groups, orientation="horizontal", widths=0.5, showfliers=False, medianprops={"color": MEDIAN})
+    for k, group in enumerate(groups, start=1):
+        scatter(right, group, k, np.random.default_rng(0), s=16, alpha=0.6)  # the same numbers give the same page
+    counted = [f"{one} ({len(group)})" for one, group in zip(names, groups, strict=True)]
+    right.set_yticks(range(1, len(names) + 1), counted)
+    right.invert_yaxis()
+    right.axvline(0.0, color=ZERO, linewidth=1.0, zorder=0)
+    right.set(xlabel=f"{column}, predicted - true", ylabel=name)
+    plain(left, "both")
+    plain(right, "x")
+    return figure

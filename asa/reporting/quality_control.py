@@ -2,13 +2,13 @@
 
 FOLDER/quality_control.csv        one line per scan
 FOLDER/quality_control.html       for reading; needs the `report` extra (jinja2, matplotlib)
-FOLDER/thumbnails/ID.png  three slices of each scan that could be read
+FOLDER/thumbnails/ID.png          three slices of each scan that could be read
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -46,25 +46,22 @@ _UNITS = {"degrees": ("°", 1), "mm": (" mm", 1), "ml": (" ml", 0), "seconds": (
 class QualityControlReport:
     """Writes a quality control while scans are being prepared; thumbnails are written at once and not kept.
 
-    The folder is made if missing, and an earlier quality control in it removed. An ImportError without the `report`
-    extra; a ValueError if the folder holds something else.
+    An earlier quality control in the folder is removed; a ValueError if it holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
         require_report_extra("check=only")
-        self.folder = Path(folder)
+        self.folder = folder
         self._scans: dict[str, ScanQuality] = {}
-        self._drawn: set[str] = set()
-        check_page(self.folder / PAGE)
-        _clear(self.folder)
-        write_whole(self.folder / PAGE, _UNFINISHED.encode())
+        check_page(folder / PAGE)
+        _clear(folder)
+        write_whole(folder / PAGE, _UNFINISHED.encode())
 
     def add(self, scan: ScanQuality) -> None:
         """Draw a scan's thumbnails and keep its row; scans may come in any order."""
         if (thumbnail := scan.thumbnail) is not None:
             row = thumbnail_row(thumbnail.grey, thumbnail.brain, spacing=thumbnail.spacing, midline=thumbnail.midline)
             write_whole(self.folder / THUMBNAILS / f"{scan.id}.png", encode_png(row))
-            self._drawn.add(scan.id)
         self._scans[scan.id] = replace(scan, thumbnail=None)
 
     def finish(self, settings: dict[str, Any]) -> None:
@@ -73,17 +70,14 @@ class QualityControlReport:
         # An id may come from a file name that is not valid Unicode.
         write_whole(self.folder / TABLE, _table(scans).encode("utf-8", errors="backslashreplace"))
         rows = [self._row(number, scan) for number, scan in enumerate(scans)]
-        facts = _summarise(scans)
-        times, labels = ([fact for key, fact in facts.items() if key.startswith(kind)] for kind in (SECONDS, VOXELS))
-        folded = labels if len(labels) > MOST_LABELS else []
-        elsewhere = (SECONDS, VOXELS) if folded else SECONDS
+        shown, folded = _folded(_summarise(scans))
         write_page(
             self.folder / PAGE,
             "quality_control.html.j2",
             total=len(scans),
             groups=[(status, [row for row in rows if row["status"] == status]) for status in STATUSES],
-            measurements=[fact for key, fact in facts.items() if not key.startswith(elsewhere)],
-            times=times,
+            measurements=[fact for key, fact in shown.items() if not key.startswith(SECONDS)],
+            times=[fact for key, fact in shown.items() if key.startswith(SECONDS)],
             labels=folded,
             settings=[
                 (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
@@ -96,17 +90,23 @@ class QualityControlReport:
 
     def _row(self, number: int, scan: ScanQuality) -> dict[str, Any]:
         texts = {key: _cell(value, key) for key, value in scan.facts.items() if not key.startswith(SECONDS)}
-        pairs = {key: (_title(key), text) for key, text in texts.items() if text}
-        labels = [key for key in pairs if key.startswith(VOXELS)]
-        folded = labels if len(labels) > MOST_LABELS else []
+        shown, folded = _folded({key: (_title(key), text) for key, text in texts.items() if text})
+        drawn = (self.folder / THUMBNAILS / f"{scan.id}.png").is_file()
         return {
             "number": number,
             "scan": scan,
             "status": _status(scan),
-            "thumbnail": f"{THUMBNAILS}/{quote(os.fsencode(scan.id))}.png" if scan.id in self._drawn else "",
-            "facts": [pair for key, pair in pairs.items() if key not in folded],
-            "labels": [pairs[key] for key in folded],
+            "thumbnail": f"{THUMBNAILS}/{quote(os.fsencode(scan.id))}.png" if drawn else "",
+            "facts": [*shown.values()],
+            "labels": folded,
         }
+
+
+def _folded(facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Facts by key that are shown openly, and the sizes of labels, if these are more than `MOST_LABELS`."""
+    labels = [key for key in facts if key.startswith(VOXELS)]
+    folded = labels if len(labels) > MOST_LABELS else []
+    return {key: fact for key, fact in facts.items() if key not in folded}, [facts[key] for key in folded]
 
 
 def _clear(folder: Path) -> None:
@@ -139,13 +139,12 @@ def _cell(value: Any, key: str | None = None) -> str:
     """A fact as text: plain for the table, or with the unit of its key for the page; "" if there is none."""
     if value is None or value == "" or (isinstance(value, Real) and not math.isfinite(value)):
         return ""
-    is_float = isinstance(value, Real) and not isinstance(value, Integral)
+    unit, digits = _UNITS.get("seconds" if key.startswith(SECONDS) else _unit(key), ("", 2)) if key else ("", 2)
+    if not isinstance(value, Real) or isinstance(value, Integral):
+        return f"{value}{unit}"
     if key is None:
-        return f"{float(value):.6g}" if is_float else str(value)
-    unit, digits = _UNITS.get("seconds" if key.startswith(SECONDS) else _unit(key), ("", 2))
-    if is_float:
-        return f"{round(float(value), digits) + 0.0:.{digits}f}{unit}".replace("-", "\N{MINUS SIGN}")  # never -0.0
-    return f"{value}{unit}"
+        return f"{float(value):.6g}"
+    return f"{round(float(value), digits) + 0.0:.{digits}f}{unit}".replace("-", "\N{MINUS SIGN}")  # never -0.0
 
 
 def _unit(key: str) -> str:
@@ -155,7 +154,6 @@ def _unit(key: str) -> str:
 
 
 def _title(key: str) -> str:
-    """A fact's name in words, without its unit."""
     words = key.removeprefix(SECONDS).removesuffix(f"_{_unit(key)}").split("_")
     return _TITLES.get(key, " ".join(words))
 

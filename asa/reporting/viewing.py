@@ -43,34 +43,31 @@ HOW = "asa-view --help says how to get it"
 
 @dataclass(frozen=True)
 class Layer:
-    """A volume of a case.
-
-    Args:
-        nifti: bytes of a compressed NIfTI file.
-        kind: "gray" for images, "labels" for label maps, "plasma" for values such as probabilities.
-        labels: name of each value of a label map.
-        colours: RGB of each of them; None: those of the reports.
-        shown: at first; a layer of "plasma" is not.
-        range: of values, from the first to the last colour; None: NiiVue's choice.
-    """
+    """A volume of a case."""
 
     name: str
-    nifti: bytes
-    kind: str = "gray"
-    labels: Mapping[int, str] | None = None
-    colours: Sequence[Sequence[int]] | None = None
-    shown: bool = True
-    range: tuple[float, float] | None = None
+    nifti: bytes  # a compressed NIfTI file
+    kind: str = "gray"  # for images; "labels" for label maps, "plasma" for values such as probabilities
+    labels: Mapping[int, str] | None = None  # name of each value of a label map
+    colours: Sequence[Sequence[int]] | None = None  # RGB of each of them; None: those of the reports
+    shown: bool = True  # at first; a layer of "plasma" is not
+    range: tuple[float, float] | None = None  # of values, from the first to the last colour; None: NiiVue's choice
 
     def as_json(self) -> dict[str, Any]:
         """The layer as the page's script reads it."""
+        table: dict[str, list[Any]] | None = None
+        if self.labels is not None:  # NiiVue's colour table, with a transparent background
+            names, count = self.labels.values(), len(self.labels)
+            colours = label_colours(count) if self.colours is None else np.array(self.colours)
+            table = {name: [0, *channel] for name, channel in zip("RGB", colours.T.tolist(), strict=True)}
+            table |= {"A": [0, *[255] * count], "I": [0, *self.labels], "labels": ["", *names]}
         return {
             "name": self.name,
             "file": f"{self.name}.nii.gz",
             "data": base64.b64encode(self.nifti).decode("ascii"),
             "colormap": self.kind if self.labels is None else "gray",
             "opacity": OPACITY[self.kind] if self.shown else 0.0,
-            "labels": None if self.labels is None else _colour_table(self.labels, self.colours),
+            "labels": table,
             "range": self.range,
         }
 
@@ -79,12 +76,7 @@ Cases = Mapping[str, Sequence[Layer]]  # the layers of each case, the lowest fir
 
 
 def view_task(config: Config) -> None:
-    """Write the page that asa-view is asked for.
-
-    Raises:
-        FileNotFoundError, ValueError: no such viewer or scan, nothing in the folder that can be shown, or settings that
-            do not fit.
-    """
+    """Write the page that asa-view is asked for."""
     source, out = Path(str(config["input"])), Path(str(config["out"]))
     check_page(out)
     if not isinstance(config["count"], int) or config["count"] < 1:
@@ -120,34 +112,23 @@ def stored(store: Store, config: Config) -> Cases:
 
 @dataclass(frozen=True)
 class Scores:
-    """An evaluation of label maps.
+    """An evaluation of label maps as a table."""
 
-    Args:
-        run: with the names of the labels, and the files of each case.
-        heads, cells: of a table; the cells by case, the worst first.
-    """
-
-    run: Run
+    run: Run  # with the names of the labels, and the files of each case
     heads: Sequence[str]
-    cells: Mapping[str, Sequence[str]]
+    cells: Mapping[str, Sequence[str]]  # by case, the worst first
 
 
 def read_scores(folder: Path) -> Scores:
-    """An evaluation: of each case the mean of the first metric over the regions, and the worst of these.
-
-    Raises:
-        FileNotFoundError, ValueError: no evaluation of label maps.
-    """
+    """An evaluation of label maps: of each case the first metric, its mean over the regions and the worst of these."""
     run = read_run(folder.name, folder)
     policy = get_policy(run.setting["policy"])
-    metric = policy.metrics[0]
+    metric, worst = policy.metrics[0], min if policy.metrics[0].higher_is_better else max
     rows = [Row(id, region, values) for (id, region), values in run.values.items()]
-    means = case_scores(Summary(policy=policy, rows=rows, results={}, subjects={}))
     cells = {}
-    for id, mean in means.items():
-        found = {row.label: row.values[metric.name] for row in rows if row.case_id == id}
-        defined = [(value, region) for region, value in found.items() if not math.isnan(value)]
-        value, region = min(defined) if metric.higher_is_better else max(defined)
+    for id, mean in case_scores(Summary(policy=policy, rows=rows, results={}, subjects={})).items():
+        found = [(row.values[metric.name], row.label) for row in rows if row.case_id == id]
+        value, region = worst(pair for pair in found if not math.isnan(pair[0]))
         cells[id] = [number_text(mean, metric.digits), f"{region} {number_text(value, metric.digits)}"]
     return Scores(run, ["scan", f"mean {metric.heading}", "worst region"], cells)
 
@@ -255,16 +236,9 @@ def nifti(volume: np.ndarray, affine: np.ndarray, dtype: Any = np.float32) -> by
 
 
 def write_viewer(path: Path, viewer: Path | None, title: str, cases: Cases, scores: Scores | None = None) -> None:
-    """Write the page: one HTML file that fetches nothing.
+    """Write the page: one HTML file that fetches nothing, with a table of the scores of the cases that are shown.
 
-    Args:
-        viewer: NiiVue's `niivue.umd.js`, copied into the page; None: that of the package nilearn.
-        scores: of the cases, for a table of those that are shown.
-
-    Raises:
-        FileNotFoundError: no such `viewer`.
-        ValueError: `viewer` is another file.
-        ImportError: without the `report` extra, or without nilearn where it is needed.
+    `viewer` is NiiVue's `niivue.umd.js`, copied into the page; None: that of the package nilearn.
     """
     require_report_extra("asa-view")
     viewer = _niivue_of_nilearn() if viewer is None else viewer
@@ -280,17 +254,8 @@ def write_viewer(path: Path, viewer: Path | None, title: str, cases: Cases, scor
 
 
 def _niivue_of_nilearn() -> Path:
-    """NiiVue as the package nilearn ships it."""
     package = require("nilearn", "view", "asa-view without viewer=")
     found = next(Path(package.__path__[0]).rglob(NIIVUE), None)
     if found is None:
         raise ValueError(f"nilearn {package.__version__} comes without NiiVue: run pip install 'nilearn>=0.14'")
     return found
-
-
-def _colour_table(labels: Mapping[int, str], colours: Sequence[Sequence[int]] | None) -> dict[str, list[Any]]:
-    """NiiVue's colour table of label values and their names; the background is transparent."""
-    table = label_colours(len(labels)) if colours is None else np.array(colours)
-    red, green, blue = ([0, *channel] for channel in table.T.tolist())
-    alpha = [0, *[255] * len(labels)]
-    return {"R": red, "G": green, "B": blue, "A": alpha, "I": [0, *labels], "labels": ["", *labels.values()]}

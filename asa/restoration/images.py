@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,7 @@ DEPTHS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 
 
 def list_pictures(folder: str | Path) -> dict[str, Path]:
-    """The images in a folder: id (name without ending) -> path, sorted.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no image in it, or two with the same name.
-    """
+    """The images in a folder, one or more: id (name without ending, which has to be unique) -> path, sorted."""
     folder = existing_folder(folder, "images (.png, .nii, .nii.gz or .dcm)")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -52,15 +47,12 @@ def read_picture(path: str | Path, window: Sequence[float] | None = None) -> np.
 
     Args:
         path: `.png` (grey or colour), `.nii`, `.nii.gz` (one slice) or `.dcm` (grey, in the units of the modality, like
-            HU for CT).
+            HU for CT); a ValueError for a damaged one.
         window: (low, high) in the units of the image, which become 0 and 1; other values are clipped. None: the whole
             range of an 8- or 16-bit PNG. A PNG written with a window has the units of that window.
 
     Returns:
         `(C, H, W)` float32.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, a damaged one, or no window for an image that needs one.
     """
     return in_window(*read_values(path, window))
 
@@ -78,21 +70,18 @@ def read_values(path: str | Path, window: Sequence[float] | None = None) -> tupl
     values = values.astype(np.float32)
     if depth is not None and stored is not None:
         values = stored[0] + (stored[1] - stored[0]) / depth * values
-    if window is None and stored is None and depth is None:
+    if window is None:
+        window = stored or (None if depth is None else (0, depth))
+    if window is None:
         raise ValueError(
             f"{path}: give the values that become 0 and 1, like window=[-1000,1000] for CT in HU (asa-finetune: "
             "data.window=[-1000,1000])"
         )
-    ends = window if window is not None else stored or (0.0, float(depth or 0))
-    return np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1)), checked_window(ends)
+    return np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1)), checked_window(window)
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image or a label map; of a PNG and a DICOM file only the header is read.
-
-    Raises:
-        FileNotFoundError, ValueError: as of `read_picture`.
-    """
+    """Height and width of an image or a label map; of a PNG and a DICOM file only the header is read."""
     path = Path(path)
     if _is_png(path):
         with _opened(path) as opened:
@@ -112,11 +101,7 @@ def in_window(values: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def common_window(paths: Iterable[str | Path]) -> tuple[float, float] | None:
-    """The window that all of these images store; None if none of them stores one.
-
-    Raises:
-        ValueError: other windows in some of them, or none.
-    """
+    """The window that all of these images store, None if none does; a ValueError if they store different ones."""
     found = {stored_window(path): path for path in paths}
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
@@ -140,11 +125,7 @@ def stored_window(path: str | Path) -> tuple[float, float] | None:
 
 
 def checked_window(window: Sequence[float]) -> tuple[float, float]:
-    """Both ends of a window as floats.
-
-    Raises:
-        ValueError: not two finite, increasing numbers.
-    """
+    """Both ends of a window as floats; a ValueError unless these are two finite, increasing numbers."""
     try:
         low, high = map(float, window)
     except (TypeError, ValueError):
@@ -214,10 +195,7 @@ def write_picture(
     """Write `(C, H, W)` in [0, 1] as a PNG, grey with 16 bits or colour with 8, atomically.
 
     The window, the values (low, high) that 0 and 1 represent, is stored in the file for `read_picture`. `make_folder`
-    is as for `asa.data.io.files.whole_file`.
-
-    Raises:
-        ValueError: values that are not finite.
+    is as for `asa.data.io.files.whole_file`. A ValueError for values that are not finite.
     """
     if not np.isfinite(image).all():
         raise ValueError(f"{path}: values that are not finite cannot be written")
@@ -228,11 +206,7 @@ def write_picture(
 
 
 def write_regions(path: Path, labels: np.ndarray) -> None:
-    """Write a label map `(H, W)` as a 16-bit PNG.
-
-    Raises:
-        ValueError: labels outside 0 to 65535.
-    """
+    """Write a label map `(H, W)` as a 16-bit PNG; a ValueError for labels outside 0 to 65535."""
     if labels.min() < 0 or labels.max() > 65535:
         raise ValueError(f"{path}: labels {labels.min()} to {labels.max()}: a stored label map holds 0 to 65535")
     _write_png(path, labels.astype(np.uint16))
@@ -241,32 +215,22 @@ def write_regions(path: Path, labels: np.ndarray) -> None:
 def _write_png(path: Path, values: np.ndarray, window: Sequence[float] | None = None, make_folder: bool = True) -> None:
     """Write a PNG that says who wrote it; a file of somebody else, which has its name, is not replaced."""
     pillow = require("PIL.Image", "restore", "PNG")
-    if path.exists() and not path.is_symlink() and not _is_own(pillow, path):  # a link is replaced, its file is kept
-        raise ValueError(f"{path}: exists and is no image that asa wrote: move it away, or choose another out=")
+    if path.exists() and not path.is_symlink():  # a link is replaced, its file is kept
+        writer = None
+        with suppress(OSError), pillow.open(path) as image:  # it may be no image
+            writer = image.info.get("Software")
+        if writer != "asa":
+            raise ValueError(f"{path}: exists and is no image that asa wrote: move it away, or choose another out=")
     buffer, notes = io.BytesIO(), require("PIL.PngImagePlugin", "restore", "PNG").PngInfo()
     notes.add_text("Software", "asa")
     if window is not None:
         notes.add_text(WINDOW, json.dumps([float(end) for end in window]))
-    image = pillow.fromarray(np.ascontiguousarray(values))
-    image.save(buffer, format="png", pnginfo=notes)
+    pillow.fromarray(np.ascontiguousarray(values)).save(buffer, format="png", pnginfo=notes)
     write_whole(path, buffer.getvalue(), make_folder=make_folder)
 
 
-def _is_own(pillow: Any, path: Path) -> bool:
-    """Whether an image says that asa wrote it."""
-    try:
-        with pillow.open(path) as image:
-            return bool(image.info.get("Software") == "asa")
-    except OSError:  # it is none
-        return False
-
-
 def read_regions(path: str | Path) -> np.ndarray:
-    """Read a label map, a grey PNG or a NIfTI slice: `(H, W)` int64.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not a label map.
-    """
+    """Read a label map, a grey PNG or a NIfTI slice: `(H, W)` int64; a ValueError if it is none."""
     path = Path(path)
     values = _read(path)
     if values.ndim != 2 or (values.dtype.kind == "f" and (values != np.rint(values)).any()):

@@ -10,18 +10,17 @@ int64, "seed" and "id" as in `asa.data.loading.loader`.
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from asa.data.datasets.record import subject_of
+from asa.data.datasets.record import NIFTI, subject_of
 from asa.data.io.nifti import check_same_slice
 from asa.data.loading.crops import Samples, sample_seed
 from asa.restoration.images import list_pictures, read_picture, read_regions, size_of
-
-NIFTI = (".nii", ".nii.gz")
 
 
 class Pair(TypedDict):
@@ -44,59 +43,45 @@ def find_pairs(
 ) -> list[Pair]:
     """The pairs below a folder, sorted by id.
 
+    A ValueError for an image without a partner or a label map, and for two NIfTI files of a case of other slices.
+
     Args:
-        root: the folder.
         low, high, regions: folders in it; with `regions` None every image is one region.
         subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_of`.
             All slices of one person should have the same subject, so that they are in one part of a split.
-
-    Raises:
-        FileNotFoundError: a folder is missing; for the regions the message says how to create it.
-        ValueError: an image has no partner, or no label map; or two NIfTI files of a case are not of one slice.
     """
     root = Path(root)
-    images = {"low": list_pictures(root / low), "high": list_pictures(root / high)}
+    images = {name: list_pictures(root / name) for name in (low, high)}
     if regions is not None:
         if not (root / regions).is_dir():
             raise FileNotFoundError(
                 f"{root / regions}: no label maps: asa-regions input={root / low} out={root / regions}, or "
                 "data.regions=null for one region per image"
             )
-        images["regions"] = list_pictures(root / regions)
-    folders = {"low": low, "high": high, "regions": regions}
-    for one in images:
-        for other in ("low", "high"):
-            if lone := sorted(images[one].keys() - images[other].keys()):
-                more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
-                raise ValueError(
-                    f"{root}: {lone[0]}{more} is in {folders[one]}/ and not in {folders[other]}/: all files of a case "
-                    "must have the same name"
-                )
-    if regions is not None and (lone := sorted(images["low"].keys() - images["regions"].keys())):
-        raise ValueError(f"{root}: {lone[0]} has no label map in {regions}/: run asa-regions again")
-    for name, path in images["low"].items():
-        if all(str(file).endswith(NIFTI) for file in (path, images["high"][name])):
-            check_same_slice(path, images["high"][name])
-    return [
-        {
-            "id": name,
-            "subject": subject_of(name, subject),
-            "low": str(path),
-            "high": str(images["high"][name]),
-            "regions": None if regions is None else str(images["regions"][name]),
-        }
-        for name, path in images["low"].items()
-    ]
+        images[regions] = list_pictures(root / regions)
+    for one, other in product(images, (low, high)):
+        if lone := sorted(images[one].keys() - images[other].keys()):
+            more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
+            raise ValueError(
+                f"{root}: {lone[0]}{more} is in {one}/ and not in {other}/: all files of a case must have the same name"
+            )
+    pairs: list[Pair] = []
+    for id, path in images[low].items():
+        clean = images[high][id]
+        if regions is not None and id not in images[regions]:
+            raise ValueError(f"{root}: {id} has no label map in {regions}/: run asa-regions again")
+        if all(str(file).endswith(NIFTI) for file in (path, clean)):
+            check_same_slice(path, clean)
+        labels = None if regions is None else str(images[regions][id])
+        pairs.append(Pair(id=id, subject=subject_of(id, subject), low=str(path), high=str(clean), regions=labels))
+    return pairs
 
 
 @dataclass(eq=False, repr=False)
 class PairDataset(Samples):
-    """Random square crops of pairs, rotated by a multiple of 90 degrees.
+    """Random square crops of one pair or more, rotated by a multiple of 90 degrees.
 
     An item is addressed by (index of the pair, epoch); the same address always gives the same bytes.
-
-    Raises:
-        ValueError: no pairs.
     """
 
     pairs: Sequence[Pair]
@@ -125,11 +110,7 @@ class PairDataset(Samples):
                 self._check_crop(pair, size)
 
     def whole(self, index: int) -> dict[str, Tensor]:
-        """The whole images of a pair: "image" `(C, H, W)`, "target" `(C, s*H, s*W)`, "regions" `(H, W)`.
-
-        Raises:
-            ValueError: sizes that do not match each other and the factor, or another number of channels.
-        """
+        """The whole images of a pair: "image" `(C, H, W)`, "target" `(C, s*H, s*W)`, "regions" `(H, W)`."""
         pair = self.pairs[index]
         files = (pair["low"], pair["high"])
         image, target = (torch.from_numpy(read_picture(path, self.window)) for path in files)
@@ -178,11 +159,7 @@ def check_channels(path: str, image: Tensor, channels: int) -> None:
 
 
 def regions_of(path: str | None, image: Tensor) -> Tensor:
-    """The label map `(H, W)` int64 of an image `(C, H, W)`; one region without a file.
-
-    Raises:
-        ValueError: a label map of another size.
-    """
+    """The label map `(H, W)` int64 of an image `(C, H, W)`, which has to be of its size; one region without a file."""
     if path is None:
         return torch.zeros(image.shape[1:], dtype=torch.int64)
     labels = read_regions(path)

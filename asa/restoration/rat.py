@@ -4,7 +4,6 @@ Letters: image `B C H W`, label map `B H W`, features `B E h w` at a quarter of 
 raster order, M attention heads, upscaling factor s.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,49 +50,45 @@ def _gate(x: Tensor) -> Tensor:
     return u * v
 
 
-class RegionAttention(nn.Module):
-    """Multi-head self-attention inside the regions of a label map: R-MSA.
+class _Heads(nn.Module):
+    """The projections of self-attention with M heads, which divide the token width E."""
 
-    Scaled by 1 / sqrt(head dimension); the released code divides by the square root of the number of heads.
-
-    Args:
-        dim: token width E.
-        num_heads: heads M; M divides E.
-        backend: see `asa.restoration.regions.region_attention`.
-
-    Raises:
-        ValueError: a width that is not divisible by the heads.
-    """
-
-    def __init__(self, dim: int, num_heads: int, backend: str = "auto") -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
-        self.num_heads, self.backend = num_heads, backend
+        if dim % num_heads:
+            raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor, regions: RegionIndex | Tensor) -> Tensor:
-        """`(B, L, E)` -> `(B, L, E)`.
 
-        `regions` are labels `(B, L)`, or their `asa.restoration.regions.region_index`, which several layers can share.
-        """
+class RegionAttention(_Heads):
+    """Multi-head self-attention inside the regions of a label map: R-MSA.
+
+    Scaled by 1 / sqrt(head dimension); the released code divides by the square root of the number of heads. For
+    `backend` see `asa.restoration.regions.region_attention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, backend: str = "auto") -> None:
+        super().__init__(dim, num_heads)
+        self.backend = backend
+
+    def forward(self, tokens: Tensor, regions: RegionIndex | Tensor) -> Tensor:
+        """`(B, L, E)`, and labels `(B, L)` or their `region_index`, which several layers can share -> `(B, L, E)`."""
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B M L d
         out = region_attention(q, k, v, regions, self.backend)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(_Heads):
     """Multi-head self-attention inside square windows that tile the image: W-MSA.
 
     Assumed: no position encoding inside a window; the convolutions around it distinguish positions.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int) -> None:
-        super().__init__()
-        _check_heads(dim, num_heads)
-        self.num_heads, self.window = num_heads, window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        super().__init__(dim, num_heads)
+        self.window = window
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(B, L, E)` in raster order of the grid (h, w), divisible by the window -> `(B, L, E)`."""
@@ -105,11 +100,6 @@ class WindowAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v)  # N M s*s d
         out = out.view(b, h // s, w // s, self.num_heads, s, s, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(out.reshape(b, h * w, -1))
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if dim % num_heads:
-        raise ValueError(f"a token width of {dim} is not divisible by {num_heads} attention heads")
 
 
 class RegionLayer(nn.Module):
@@ -158,9 +148,6 @@ class RestorationNetwork(nn.Module):
         in_channels: channels C of the image and of the result.
         upscale: factor s of super-resolution, 1 (none), 2 or 4.
         multiple, smallest: the image is padded to sizes that are divisible by the one, and not below the other.
-
-    Raises:
-        ValueError: another upscaling factor.
     """
 
     regional: bool  # whether label maps have an effect
@@ -172,15 +159,10 @@ class RestorationNetwork(nn.Module):
         self.in_channels, self.upscale, self.multiple, self.smallest = in_channels, upscale, multiple, smallest
 
     def forward(self, image: Tensor, regions: Tensor) -> Tensor:
-        """Restore images of any height and width: `(B, C, H, W)` -> `(B, C, s*H, s*W)`.
+        """Restore images of any height and width: `(B, C, H, W)` -> `(B, C, s*H, s*W)`; a ValueError as of `check`.
 
-        Args:
-            image: `(B, C, H, W)`.
-            regions: label map `(B, H, W)` of the input image, any integers, on the image's device or on the host:
-                its values are read, which waits for a GPU.
-
-        Raises:
-            ValueError: other channels, or a label map of another size than the image.
+        `regions` is the label map `(B, H, W)` of the input image, any integers, on the image's device or on the host:
+        its values are read, which waits for a GPU.
         """
         self.check(image, regions)
         if self.upscale > 1:
@@ -217,17 +199,12 @@ class RegionAttentionTransformer(RestorationNetwork):
     Args:
         in_channels, upscale: see `RestorationNetwork`.
         dim: features at full resolution; twice as many at 1/2 and four times as many, E, at 1/4.
-        groups: groups of layers.
-        depth: layers per group.
-        num_heads: heads M of both attentions.
+        groups, depth: groups of layers, and layers per group.
+        num_heads, window: heads M of both attentions, and the edge of the windows in features.
         mlp_ratio: hidden width of the MLPs over E.
-        window: edge of the attention windows, in features.
         majority: a feature's region is the most frequent one of its 4 x 4 pixels; False, as released: that of the
             pixel at its corner.
         backend: of the region attention, see `asa.restoration.regions.region_attention`.
-
-    Raises:
-        ValueError: another upscaling factor, or a width that is not divisible by the heads.
     """
 
     regional = True
@@ -258,16 +235,13 @@ class RegionAttentionTransformer(RestorationNetwork):
         self.decoders = nn.ModuleList(_naf_stage(width) for width in (2 * dim, dim))
         self.head = nn.Conv2d(dim, in_channels, 3, padding=1)
 
-    def _labels(self, regions: Tensor, shape: Sequence[int]) -> Tensor:
-        """The region of each feature `(B, h, w)` of the padded image, from a label map of the input image."""
-        labels = coarse_labels(regions.long(), REDUCTION // self.upscale, majority=self.majority)
-        bottom, right = (n // REDUCTION - m for n, m in zip(shape, labels.shape[1:], strict=True))
-        # Padding is a region of its own: pixels of the image attend to it only in the windows at the border.
-        return F.pad(labels, (0, right, 0, bottom), value=int(regions.max()) + 1)
-
     def residual(self, image: Tensor, regions: Tensor) -> Tensor:
         """See `RestorationNetwork.residual`."""
-        index = region_index(self._labels(regions, image.shape[2:]).flatten(1)).to(image.device)
+        labels = coarse_labels(regions.long(), REDUCTION // self.upscale, majority=self.majority)
+        bottom, right = (n // REDUCTION - m for n, m in zip(image.shape[2:], labels.shape[1:], strict=True))
+        # Padding is a region of its own: pixels of the image attend to it only in the windows at the border.
+        labels = F.pad(labels, (0, right, 0, bottom), value=int(regions.max()) + 1)  # B h w
+        index = region_index(labels.flatten(1)).to(image.device)
         features, skips = self.stem(image), []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             skips.append(encoder(features))

@@ -28,12 +28,7 @@ OUTLINE = np.array([230, 159, 0]) / 255  # Okabe and Ito's orange
 
 
 def regions(config: dict[str, Any]) -> None:
-    """asa-regions: compute the label map of every image in a folder that does not have one yet.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: no images, invalid settings or a missing package of the provider, or
-            a folder with maps of other settings. A ValueError also if images failed, after the others are stored.
-    """
+    """asa-regions: compute the label map of every image in a folder that does not have one yet."""
     images, out, window = config["input"], Path(str(config["out"])), config["window"]
     settings_of: dict[str, dict[str, Any]] = {
         "felzenszwalb": {"scale": config["scale"]},
@@ -48,10 +43,10 @@ def regions(config: dict[str, Any]) -> None:
     made = {**settings, "window": None if window is None else list(window)}
     if (out / SETTINGS).is_file() and (before := read_json(out / SETTINGS)) != made:
         raise ValueError(f"{out}: holds label maps made with other settings ({before}): choose another out=")
-    _provider(tuple(settings.items()))  # invalid settings fail once, not for every image
+    make_provider(**settings)  # invalid settings fail once, not for every image
     write_json(out / SETTINGS, made)
     jobs = [(id, str(path)) for id, path in found.items() if not (out / f"{id}.png").is_file()]
-    compute = partial(_compute, out=out, settings=tuple(settings.items()), window=window)
+    compute = partial(_compute, out=out, settings=settings, window=window)
     tried = list(each_tried(compute, jobs, config["workers"], title="regions", unit="image"))
     failures = {id: reason for (id, _), _, reason in tried if reason}
     for id, reason in sorted(failures.items()):
@@ -65,18 +60,11 @@ def regions(config: dict[str, Any]) -> None:
     print(f"wrote label maps to {out}, and previews to {out}/previews")
 
 
-@cache
-def _provider(settings: tuple[tuple[str, Any], ...]) -> Provider:
-    return make_provider(**dict(settings))  # cached, so that a worker process loads a network once
-
-
-def _compute(
-    job: tuple[str, str], *, out: Path, settings: tuple[tuple[str, Any], ...], window: Sequence[float] | None
-) -> int:
+def _compute(job: tuple[str, str], *, out: Path, settings: dict[str, Any], window: Sequence[float] | None) -> int:
     """Compute and store the label map of an image (id, path); returns its number of regions."""
     id, path = job
     image = read_picture(path, window)
-    labels = _provider(settings)(id, image)
+    labels = make_provider(**settings)(id, image)
     write_picture(out / "previews" / f"{id}.png", outlined(image, labels))
     write_regions(out / f"{id}.png", labels)  # last, so that an existing map has its preview
     return len(np.unique(labels))
@@ -91,6 +79,7 @@ def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(border, OUTLINE[:, None, None], colour)
 
 
+@cache  # so that a worker process loads a network once
 def make_provider(
     name: str,
     *,
@@ -108,21 +97,16 @@ def make_provider(
             `"stored"`.
         regions: approximate number of regions, for slic.
         scale: larger values give larger regions, for felzenszwalb.
-        weights, model: for sam, a local file and its model (vit_h, vit_l, vit_b); nothing is downloaded.
+        weights, model, device: for sam, a local file and its model (vit_h, vit_l, vit_b); nothing is downloaded.
         folder: for stored, label maps ID.png, ID.nii or ID.nii.gz.
-        device: for sam.
-
-    Raises:
-        ValueError: an unknown provider, or a required setting that is missing or not above 0.
-        ImportError: a package that is not installed.
     """
     for key, value in (("scale", scale), ("regions", regions)):
         if not (isinstance(value, int | float) and value > 0):
             raise ValueError(f"{key}={value}: give a number above 0")
     if name == "felzenszwalb":
-        return partial(_felzenszwalb, scale=scale)
+        return partial(_superpixels, method=name, scale=scale, sigma=0.8)
     if name == "slic":
-        return partial(_slic, regions=regions)
+        return partial(_superpixels, method=name, n_segments=regions, start_label=0)
     if name == "sam":
         return _sam(weights, model, device)
     if name == "stored":
@@ -132,24 +116,13 @@ def make_provider(
     raise ValueError(f"provider={name!r}: choose one of {', '.join(PROVIDERS)}")
 
 
-def _felzenszwalb(_: str, image: np.ndarray, *, scale: float) -> np.ndarray:
-    smallest = max(20, image[0].size // 2000)  # pixels: a few features at a quarter of the resolution
-    found = require("skimage.segmentation", "restore", "superpixels").felzenszwalb(
-        image.transpose(1, 2, 0).astype(np.float64), scale=scale, sigma=0.8, min_size=smallest, channel_axis=-1
-    )
-    return found.astype(np.int64)
-
-
-def _slic(_: str, image: np.ndarray, *, regions: int) -> np.ndarray:
-    # Colour is compared in Lab with lightness up to 100, grey in [0, 1].
-    found = require("skimage.segmentation", "restore", "superpixels").slic(
-        image.transpose(1, 2, 0).astype(np.float64),
-        n_segments=regions,
-        compactness=10.0 if len(image) == 3 else 0.1,
-        start_label=0,
-        channel_axis=-1,
-    )
-    return found.astype(np.int64)
+def _superpixels(_: str, image: np.ndarray, *, method: str, **settings: Any) -> np.ndarray:
+    if method == "slic":  # compares colour in Lab with lightness up to 100, grey in [0, 1]
+        settings["compactness"] = 10.0 if len(image) == 3 else 0.1
+    else:  # pixels: a few features at a quarter of the resolution
+        settings["min_size"] = max(20, image[0].size // 2000)
+    compute = getattr(require("skimage.segmentation", "restore", "superpixels"), method)
+    return compute(image.transpose(1, 2, 0).astype(np.float64), channel_axis=-1, **settings).astype(np.int64)
 
 
 def _stored(id: str, image: np.ndarray, *, folder: Path) -> np.ndarray:

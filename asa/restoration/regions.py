@@ -35,13 +35,9 @@ class RegionIndex:
 
 
 def region_keys(labels: Tensor) -> tuple[Tensor, int]:
-    """Number the regions of a batch from 0, so that images share no region.
+    """Number the regions of a batch of labels `(B, ...)`, any integers, from 0, so that images share no region.
 
-    Args:
-        labels: `(B, ...)`, any integers, also negative and sparse ones.
-
-    Returns:
-        Numbers of `labels`' shape, and an upper bound K that they are all below; some numbers may not occur.
+    Returns the numbers, and an upper bound K that they are all below; some numbers may not occur.
     """
     check_labels(labels)
     labels = labels.long()
@@ -64,16 +60,11 @@ def check_labels(labels: Tensor) -> None:
 
 
 def coarse_labels(labels: Tensor, factor: int, *, majority: bool) -> Tensor:
-    """A label map at a lower resolution, one label per block of pixels.
+    """A label map at a lower resolution, one label per block of pixels: `(B, H, W)` -> `(B, ceil(H/F), ceil(W/F))`.
 
-    Args:
-        labels: `(B, H, W)`, any integers.
-        factor: edge F of a block in pixels. Blocks cut by the border are filled with the nearest pixels.
-        majority: take the most frequent label of the block, of equally frequent ones the first in raster order. False:
-            the label of the block's first pixel (nearest neighbour).
-
-    Returns:
-        `(B, ceil(H / F), ceil(W / F))`.
+    `factor` is the edge F of a block in pixels; blocks cut by the border are filled with the nearest pixels. With
+    `majority` it is the most frequent label, of equally frequent ones the first in raster order; else the label of the
+    block's first pixel (nearest neighbour).
     """
     if not majority or factor == 1:
         return labels[:, ::factor, ::factor]
@@ -92,14 +83,8 @@ def region_index(labels: Tensor) -> RegionIndex:
     """Sort the tokens of a batch by region.
 
     Regions of equal length are consecutive, so that one attention call without padding takes them all. As the lengths
-    sum to T, there are at most sqrt(2 T) different ones.
-
-    Args:
-        labels: `(B, L)`, any integers. A region may consist of several parts. The lengths are read from the labels, so
-            that labels on a GPU are waited for and those on the host are not.
-
-    Raises:
-        ValueError: not `(B, L)`, empty, or not integers.
+    sum to T, there are at most sqrt(2 T) different ones. A region may consist of several parts. The lengths are read
+    from the labels `(B, L)`, any integers: labels on a GPU are waited for and those on the host are not.
     """
     if labels.ndim != 2:
         raise ValueError(f"token labels must be of shape (batch, tokens), got {tuple(labels.shape)}: flatten the map")
@@ -126,11 +111,7 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: RegionIndex | Ten
             compute capability 8.0 or higher, float16 or bfloat16. `"auto"` is varlen where it runs, dense for short
             sequences, else segments.
 
-    Returns:
-        `(B, M, L, d)`.
-
-    Raises:
-        ValueError: inconsistent shapes, an unknown backend, or one that does not run here.
+    Returns `(B, M, L, d)`; a ValueError for inconsistent shapes, an unknown backend, or one that does not run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -16,14 +16,8 @@ from asa.restoration.rat import RestorationNetwork
 class Restormer(RestorationNetwork):
     """MONAI's Restormer, with the published layer norm over channels in place of MONAI's instance norm.
 
-    U-shaped, with attention between channels. It does not use regions: label maps are only checked.
-
-    Args:
-        in_channels, upscale: see `RestorationNetwork`.
-        dim: features at full resolution, doubled at each of the lower ones.
-        num_blocks, num_heads: blocks, and their attention heads, at each resolution.
-        refinement: blocks at full resolution at the end.
-        expansion: hidden width of the feed-forward networks over that of the features.
+    U-shaped, with attention between channels. Label maps are only checked. The widths are `dim` at full resolution,
+    doubled at each lower one, `expansion` times that in the feed-forward networks; `refinement` blocks are at the end.
     """
 
     regional = False

@@ -34,13 +34,9 @@ def low_dose_ct(
     ramp filter and added. The simulation is monoenergetic, without scatter, electronic noise or bow-tie filter.
 
     Args:
-        image: `(H, W)` in HU.
+        image: `(H, W)` in HU, as is the result; its pixels have an edge of `pixel` mm.
         photons: N emitted along a ray; the noise is proportional to 1 / sqrt(N).
-        pixel: edge of a pixel in mm.
         views: number of projection angles.
-
-    Returns:
-        `(H, W)` in HU.
     """
 
     def noise(line: np.ndarray) -> np.ndarray:
@@ -60,15 +56,9 @@ def low_count_pet(
     noise is back-projected with a ramp filter and added. Without attenuation, scatter, randoms or resolution model.
 
     Args:
-        image: `(H, W)` activity or uptake, 0 or more, in any unit.
+        image: `(H, W)` activity or uptake in any unit, as is the result; a ValueError for a negative one, or none.
         counts: true coincidences in the slice.
         views: number of projection angles.
-
-    Returns:
-        `(H, W)` in the same unit, 0 or more.
-
-    Raises:
-        ValueError: negative activity, or none.
     """
     if image.min() < 0 or not image.max() > 0:
         raise ValueError(f"activity must be 0 or more, and not 0 everywhere, got {image.min():g} to {image.max():g}")
@@ -81,10 +71,8 @@ def low_count_pet(
 
 
 def _noise_through_projections(image: np.ndarray, noise: Callable[[np.ndarray], np.ndarray], views: int) -> np.ndarray:
-    """The image `(H, W)` of noise that depends on the projections, in the image's unit per pixel.
-
-    Back-projection is linear. Only the noise is back-projected, so that the image keeps its resolution.
-    """
+    """The image `(H, W)` of noise that depends on the projections, in the image's unit per pixel."""
+    # Back-projection is linear: only the noise is back-projected, so that the image keeps its resolution.
     transform = require("skimage.transform", "restore", "the simulation of projections")
     edge = max(image.shape)
     above, left = ((edge - n) // 2 for n in image.shape)
@@ -96,17 +84,10 @@ def _noise_through_projections(image: np.ndarray, noise: Callable[[np.ndarray], 
 
 
 def decimated(image: np.ndarray, factor: int, *, blur: float = 0.5) -> np.ndarray:
-    """A smaller image for super-resolution, simulated: a Gaussian blur, then one sample per block.
+    """A smaller image for super-resolution, simulated: `(C, H, W)` -> `(C, H // factor, W // factor)`.
 
-    The samples are taken at the centres of blocks of factor x factor pixels, as bilinear upscaling assumes.
-
-    Args:
-        image: `(C, H, W)`.
-        factor: 2 or more; H and W are cropped to multiples of it.
-        blur: standard deviation of the blur in units of the factor.
-
-    Returns:
-        `(C, H // factor, W // factor)`.
+    After a Gaussian blur, whose standard deviation is `blur` in units of the factor, samples are taken at the centres
+    of blocks of factor x factor pixels, as bilinear upscaling assumes.
     """
     soft = gaussian_filter(image.astype(np.float64), (0, blur * factor, blur * factor), mode="nearest")
     centres = np.meshgrid(*((np.arange(n // factor) + 0.5) * factor - 0.5 for n in image.shape[1:]), indexing="ij")
@@ -114,22 +95,12 @@ def decimated(image: np.ndarray, factor: int, *, blur: float = 0.5) -> np.ndarra
 
 
 def make_degradation(
-    kind: str,
-    *,
-    photons: float = 1e4,
-    pixel: float = 0.7,
-    counts: float = 1e6,
-    factor: int = 2,
-    blur: float = 0.5,
+    kind: str, *, photons: float = 1e4, pixel: float = 0.7, counts: float = 1e6, factor: int = 2, blur: float = 0.5
 ) -> Degradation:
-    """The function that degrades an image `(C, H, W)` in its own units.
+    """The function that degrades an image `(C, H, W)` in its own units; a ValueError for settings without a meaning.
 
-    Args:
-        kind: `"ct"` (`low_dose_ct` with `photons` and `pixel`; HU), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
-            (`decimated` by `factor` with `blur`).
-
-    Raises:
-        ValueError: an unknown kind, or settings without a physical meaning.
+    `kind` is `"ct"` (`low_dose_ct` with `photons` and `pixel`; HU), `"pet"` (`low_count_pet` with `counts`) or `"sr"`
+    (`decimated` by `factor` with `blur`).
     """
     for name, value in (("photons", photons), ("pixel", pixel), ("counts", counts), ("blur", blur)):
         least = "0 or more" if name == "blur" else "above 0"
@@ -158,10 +129,6 @@ def simulate(config: dict[str, Any]) -> None:
     Noise is simulated from all values of an image, also of those that the window clips afterwards. For super-resolution
     the clipped image is made smaller, and the sizes are cropped to multiples of the factor. The window is stored in the
     PNG files, as is that of a source which stores one. The draws of an image do not depend on the others.
-
-    Raises:
-        FileNotFoundError, ValueError: no images, invalid settings, or a folder with pairs of other settings. A
-            ValueError also if images cannot be read or degraded, after the others are written.
     """
     window, seed, out = config["window"], config["seed"], Path(str(config["out"]))
     made, file = {key: config[key] for key in SETTINGS}, out / "simulated.json"
@@ -189,7 +156,6 @@ def simulate(config: dict[str, Any]) -> None:
 def _write_pair(
     job: tuple[str, str], *, out: Path, settings: dict[str, Any], window: Sequence[float] | None, seed: int
 ) -> None:
-    """Read, degrade and write an image, (id, path)."""
     id, path = job
     values, ends = read_values(path, window)
     if settings["kind"] == "sr":

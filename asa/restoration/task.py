@@ -25,7 +25,7 @@ from asa.errors import reason_of
 from asa.inference.preprocessing import check_finite
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import Batch
-from asa.restoration.evaluation import evaluate_pictures
+from asa.restoration.evaluation import evaluate_pictures, score_image
 from asa.restoration.images import (
     checked_window,
     common_window,
@@ -34,9 +34,8 @@ from asa.restoration.images import (
     stored_window,
     write_picture,
 )
-from asa.restoration.inference import restore_image
-from asa.restoration.measures import score_image
 from asa.restoration.method import Restoration as RestorationMethod
+from asa.restoration.method import restore_image
 from asa.restoration.pairs import PairDataset, check_channels, find_pairs, regions_of
 from asa.settings import Config
 from asa.tasks.evaluation import check_no_split
@@ -95,7 +94,6 @@ class Restoration:
         return self.batch
 
     def load_init(self, method: Any) -> None:
-        """Load the weights of an earlier run of the same network."""
         if (init := self.config["init"]) is not None:
             weights, _ = read_weights(init)
             load_weights(method.model, {name.removeprefix("model."): each for name, each in weights.items()}, init)
@@ -205,12 +203,9 @@ def _inputs(config: Config, data: Mapping[str, Any]) -> tuple[dict[str, Path], d
 
 
 def validate_restoration(method: RestorationMethod, dataset: PairDataset, settings: PredictSettings) -> Validation:
-    """PSNR and SSIM of whole images, those of the bilinearly upscaled input beside them, and a panel of the first.
+    """PSNR and SSIM of whole images, those of the bilinearly upscaled input, the loss, and a panel of the first image.
 
     Several processes divide the images between them; each returns the whole result, and the main one the panel.
-
-    Returns:
-        "psnr", "ssim", "input_psnr", "input_ssim", "loss"; and a panel of input, prediction and target.
     """
     panels: dict[str, np.ndarray] = {}
 
@@ -224,8 +219,11 @@ def validate_restoration(method: RestorationMethod, dataset: PairDataset, settin
             panels["input, prediction, target"] = (255 * panel).byte().permute(1, 2, 0).numpy()
         found, before = (score_image(image, target) for image in (restored, upscaled))
         fine = views["regions"].repeat_interleave(dataset.upscale, dim=0).repeat_interleave(dataset.upscale, dim=1)
-        return {name: found[name] for name in ("psnr", "ssim")} | {
-            **{f"input_{name}": before[name] for name in ("psnr", "ssim")},
+        return {
+            "psnr": found["psnr"],
+            "ssim": found["ssim"],
+            "input_psnr": before["psnr"],
+            "input_ssim": before["ssim"],
             "loss": float(method.loss(restored[None], target[None], fine[None])),
         }
 

@@ -1,8 +1,7 @@
 """Prediction by registration, without training: labelled scans of a store give their labels to new scans.
 
-`asa-predict atlas=STORE`, with `checkpoint=` averaged with networks. Label maps are written as those of networks are.
-Registration takes minutes per scan: scans that an earlier call has done are not done again, and `OUT/atlas.json` says
-what they were made with.
+`asa-predict atlas=STORE`, with `checkpoint=` averaged with networks. Registration takes minutes per scan: scans that an
+earlier call has done are not done again, and `OUT/atlas.json` says what they were made with.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from asa.inference.atlas import AtlasSegmenter, labelled_records
 from asa.inference.layout import ATLASES
 from asa.inference.scans import Scan, predict_each
 from asa.settings import Config, PredictSettings
-from asa.tasks.prediction import scans_of
-from asa.tasks.segmentation import SegmentationPredictor, networks_of
+from asa.tasks.prediction import SegmentationPredictor, networks_of, scans_of
 
 FOR_NETWORKS = ("mirror", "plugins")  # settings of asa-predict that atlases do not have
 FOR_OTHER_TASKS = ("healthy", "map", "regions")
@@ -37,12 +35,7 @@ def predict_by_registration(config: Config) -> None:
     predictor = AtlasPredictor(config)
     scans = predictor.without_atlases(scans_of(config, predictor.preprocessor))
     predict_each(
-        predictor,
-        scans,
-        predictor.layout,
-        workers=config["workers"],
-        remaining=predictor.remaining,
-        done=predictor.add,
+        predictor, scans, predictor.layout, workers=config["workers"], remaining=predictor.remaining, done=predictor.add
     )
 
 
@@ -61,10 +54,9 @@ class AtlasPredictor(SegmentationPredictor):
         )
         atlases = [record["id"] for record in segmenter.records]
         if len(atlases) == 1 and networks is None and (config["probabilities"] or config["uncertainty"]):
-            raise ValueError(
-                "probabilities= and uncertainty= are of the votes of several atlases, and there is one: leave them "
-                "out, or choose more with labelled="
-            )
+            advice = "leave them out, or choose more with labelled="
+            given = "probabilities= and uncertainty= are of the votes of several atlases"
+            raise ValueError(f"{given}, and there is one: {advice}")
         super().__init__(config, segmenter)
         self.input = Path(str(config["input"]))
         self._check_out()
@@ -78,34 +70,33 @@ class AtlasPredictor(SegmentationPredictor):
         subjects = {record["subject"] for record in records}
         files = {Path(source["path"]).resolve() for record in records for source in record["sources"].values()}
         own = (self.input / MANIFEST).exists() and self.input.resolve() == store.path.resolve()
-        left_out = [
-            scan.id
-            for scan in scans
-            if (own and scan.subject in subjects) or files & {Path(path).resolve() for path in scan.files.values()}
-        ]
+
+        def is_atlas(scan: Scan) -> bool:
+            return bool(
+                (own and scan.subject in subjects) or files & {Path(one).resolve() for one in scan.files.values()}
+            )
+
+        left_out = [scan.id for scan in scans if is_atlas(scan)]
         kept = [scan for scan in scans if scan.id not in left_out]
         if not kept:
             raise ValueError(f"{self.input}: all {len(scans)} scans are atlases or of their subjects: choose labelled=")
         if left_out:
             print(f"left out, as atlases or other scans of their subjects: {listed(left_out)}")
-        if named := [scan.id for scan in kept if scan.subject in subjects]:
-            print(
-                f"note: subjects of {listed(named, 5)} are called as atlases are: if they are the same people, read "
-                "their scores as optimistic"
-            )
+        if named := listed([scan.id for scan in kept if scan.subject in subjects], 5):
+            same = "if they are the same people, read their scores as optimistic"
+            print(f"note: subjects of {named} are called as atlases are: {same}")
         return kept
 
     def remaining(self, scans: Sequence[Scan]) -> list[Scan]:
         """The scans that have no label map of these files, or no row in the table; `OUT/atlas.json` is written."""
         self.made = {"store": str(self.segmenter.store.path), **self.segmenter.record()}
         self.digests = {scan.id: _digests(scan) for scan in scans}
-        done = self._note({})
-        rows = self.rows_before()
-        left = [
-            scan
-            for scan in scans
-            if done.get(scan.id) != self.digests[scan.id] or scan.id not in rows or not self._is_complete(scan.id)
-        ]
+        done, rows = self._note({}), self.rows_before()
+
+        def is_left(id: str) -> bool:
+            return done.get(id) != self.digests[id] or id not in rows or not self._is_complete(id)
+
+        left = [scan for scan in scans if is_left(scan.id)]
         if len(left) < len(scans):
             print(f"{len(scans) - len(left)} of {len(scans)} scans are done already")
         return left
@@ -124,8 +115,7 @@ class AtlasPredictor(SegmentationPredictor):
 
     def _is_complete(self, id: str) -> bool:
         probabilities, uncertainty = self.further_files(id)
-        files = [self.layout.label_map(id), *(probabilities or ()), *([uncertainty] if uncertainty else ())]
-        return all(file.is_file() for file in files)
+        return all(file.is_file() for file in (self.layout.label_map(id), *probabilities, *uncertainty))
 
     def _check_out(self) -> None:
         """Raise a ValueError if the folder holds other files, or label maps that were made in another way."""
@@ -135,10 +125,8 @@ class AtlasPredictor(SegmentationPredictor):
             return
         before = read_json(file)
         same = before.items() if isinstance(before, dict) else ()
-        if other := [key for key, value in now.items() if (key, value) not in same]:
-            raise ValueError(
-                f"{file}: the label maps here were made with other {', '.join(other)}: choose another out="
-            )
+        if other := ", ".join(key for key, value in now.items() if (key, value) not in same):
+            raise ValueError(f"{file}: the label maps here were made with other {other}: choose another out=")
 
 
 def _digests(scan: Scan) -> list[str]:
@@ -169,10 +157,9 @@ def _subjects(store: Store, config: Config) -> list[str]:
     if isinstance(chosen, list):
         subjects = list(dict.fromkeys(map(str, chosen)))
         if not subjects or (unknown := [subject for subject in subjects if subject not in labelled]):
-            raise ValueError(
-                f"labelled={chosen}: {unknown[0] if subjects else 'nobody'} is no subject of {store.path} with a label "
-                f"map; these are {listed(list(labelled), 10)}"
-            )
+            wrong, these = unknown[0] if subjects else "nobody", listed(list(labelled), 10)
+            known = f"no subject of {store.path} with a label map; these are {these}"
+            raise ValueError(f"labelled={chosen}: {wrong} is {known}")
         return subjects
     where, subjects = str(store.path), list(labelled)
     if config["split_file"] is not None:
@@ -182,8 +169,6 @@ def _subjects(store: Store, config: Config) -> list[str]:
         raise ValueError(f"{where} has no subject of {store.path} with a label map: choose labelled=[SUBJECT]")
     count = len(subjects) if chosen is None else chosen
     if type(count) is not int or not 1 <= count <= len(subjects):
-        raise ValueError(
-            f"labelled={chosen}: {where} has {len(subjects)} labelled subjects: give a number from 1 to "
-            f"{len(subjects)}, or a list of subjects, like [{subjects[0]}]"
-        )
+        advice = f"give a number from 1 to {len(subjects)}, or a list of subjects, like [{subjects[0]}]"
+        raise ValueError(f"labelled={chosen}: {where} has {len(subjects)} labelled subjects: {advice}")
     return subjects[:count]

@@ -1,7 +1,6 @@
 """What is done with settings before torch is imported, which takes seconds: a network follows its encoder; checks.
 
-Checked are settings, choices, and the paths that they name, and of these only what a user gets wrong most; the tasks
-check the rest.
+Checked is what a user gets wrong most; the tasks check the rest.
 """
 
 import json
@@ -36,8 +35,8 @@ OF_DATA = ("_target_", "img_size", "in_channels", "out_channels", "classes", "me
 def follow_init(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The network for the encoder of `init=`, its size and how it treats positions, as settings by dotted key.
 
-    What the `key=value` arguments give is not changed. {} where they give a network or an experiment, where the
-    checkpoint is not of this package or not here, and where no network of the method has such an encoder.
+    {} where the `key=value` arguments give a network or an experiment, where the checkpoint is not of this package or
+    not here, and where no network of the method has such an encoder.
     """
     given = given_settings(overrides) if command in METHODS else {}
     if not given.get("init") or {"model", "experiment"} & given.keys():
@@ -119,12 +118,11 @@ def _check_run(config: Config) -> None:
 
 def _check_training(config: Config) -> None:
     data = config["data"]
-    if "root" in data:  # images of restoration
-        if data["root"] is not None:
-            _exists(data["root"], kind="folder")
-    elif data["store"] is not None or data.get("stores") is not None:
+    if data.get("root") is not None:  # images of restoration
+        _exists(data["root"], kind="folder")
+    elif data.get("store") is not None or data.get("stores") is not None:
         _stores(data)
-    elif config["method"]["_target_"].startswith("asa."):  # a task of the user's own may have none
+    elif "root" not in data and config["method"]["_target_"].startswith("asa."):  # others may need no store
         raise ValueError("data.store has to be given: a folder made by asa-prepare")
     for key, word in (("labelled_store", None), ("unlabelled", "rest")):
         if data.get(key) not in (None, word):
@@ -148,11 +146,10 @@ def _check_training(config: Config) -> None:
         raise ValueError(f"plan_rate={rate}: give the TFLOP/s that the run will reach, like 40")
     if "transfer" in config:
         check_choice("transfer", config["transfer"], ("load", "explain"))
-    if data["split"].get("fold") == "all":
-        if data["split"].get("folds") is None:
-            raise ValueError("data.split.fold=all needs the number of folds: add data.split.folds=5")
-        if data["split_file"] is not None:
-            raise ValueError("data.split.fold=all makes the split of each fold: leave out data.split_file")
+    if data["split"].get("fold") == "all" and data["split"].get("folds") is None:
+        raise ValueError("data.split.fold=all needs the number of folds: add data.split.folds=5")
+    if data["split"].get("fold") == "all" and data["split_file"] is not None:
+        raise ValueError("data.split.fold=all makes the split of each fold: leave out data.split_file")
     if "policy" in config:  # last, as it imports scipy
         _policy(config)
 

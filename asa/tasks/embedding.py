@@ -27,7 +27,7 @@ from asa.evaluation.summary import check_summary
 from asa.evaluation.tables import matched, numbers, table_in, unpredicted, without_prediction
 from asa.inference.features import FeatureExtractor, pooled
 from asa.reporting.pages import check_page
-from asa.reporting.probe import write_probe
+from asa.reporting.plots import write_probe
 from asa.settings import Config, check_choice
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, channels_of, predict_scans, rows_in
@@ -40,8 +40,6 @@ MOST_CLASSES = 10  # of a column of numbers that a logistic regression takes
 
 
 class Embedder:
-    """Collects the features of each scan for `OUT/features.csv`."""
-
     def __init__(self, config: Config) -> None:
         self.parts, self.arrays = config["of"], config["arrays"]
         self.table = table_in(Path(str(config["out"])), TABLE)
@@ -106,10 +104,7 @@ def embed_task(config: Config) -> None:
 
 
 def evaluate_probe(config: Config) -> None:
-    """Score what a simple model reads from features about a column of a table, and how well they tell the site.
-
-    Raises an ImportError without the extra `probe`; and without `report`, when only the page is missing.
-    """
+    """Score what a simple model reads from features about a column of a table, and how well they tell the site."""
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")
     check_own(out / "predictions.csv", "asa-evaluate", {"id", "predicted"}, "(?!subject$).*")  # no asa-predict's
@@ -131,10 +126,8 @@ def evaluate_probe(config: Config) -> None:
         raise ValueError(f"{truth}: {column} is {wrong!r}: write decimals with a point")
     elif max(Counter(value for value, _ in {*zip(values, subjects, strict=True)}).values()) < 2:
         raise ValueError(f"{truth}: each {column} is of one subject, like {values[0]!r}: classes have to repeat")
-    if numeric and probe == "logistic" and len(set(values)) > MOST_CLASSES:
-        raise ValueError(
-            f"probe=logistic is for classes, and {column} has {len(set(values))} values: choose ridge or knn"
-        )
+    if numeric and probe == "logistic" and (different := len(set(values))) > MOST_CLASSES:
+        raise ValueError(f"probe=logistic is for classes, and {column} has {different} values: choose ridge or knn")
     predict = probe_numbers if numeric and probe != "logistic" else probe_classes
     found = predict(features, values, subjects, folds, FITS[probe])
     left_out = without_prediction(truth, column, rows, subjects)
@@ -147,10 +140,8 @@ def evaluate_probe(config: Config) -> None:
         for name in sorted(set(groups)):
             part, gap = found.only(groups == name), found.gap(groups == name)
             written["groups"][name] = nullable(part.scores) | {"gap": nullable(gap)}
-            less = in_interval(gap["gap"], gap["low"], gap["high"], "+.3g")
-            lines.append(
-                f"  {group} {name}: {part.text()}, {counted(len(part.truth), 'scan')}, less the others' {less}"
-            )
+            less, of = in_interval(gap["gap"], gap["low"], gap["high"], "+.3g"), counted(len(part.truth), "scan")
+            lines.append(f"  {group} {name}: {part.text()}, {of}, less the others' {less}")
     sites = None
     if (site := config["site"]) is not None:
         sites = site, list(_complete(truth, site, scans))
@@ -173,10 +164,8 @@ def evaluate_probe(config: Config) -> None:
 def _complete(table: Path, column: str, scans: list[dict[str, str]]) -> np.ndarray:
     """A column of a table for all scans; a ValueError if it is empty for some."""
     found = read_column(table, column, scans)
-    if len(found) < len(scans):
-        raise ValueError(
-            f"{table}: no {column} of {counted(len(scans) - len(found), 'scan')}: fill it in, or leave the setting out"
-        )
+    if empty := len(scans) - len(found):
+        raise ValueError(f"{table}: no {column} of {counted(empty, 'scan')}: fill it in, or leave the setting out")
     return np.array([found[scan["id"]] for scan in scans])
 
 

@@ -16,28 +16,31 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from asa.data.datasets.folder import files_by_id, has_wildcard, matching_globs
-from asa.data.datasets.record import is_label_map
-from asa.data.io.files import check_present, sha256_of, write_digests, write_json, write_whole
+from asa.data.datasets.folder import records as records_of
+from asa.data.datasets.record import is_label_map, subject_of
+from asa.data.io.files import VOLUME_ENDINGS, check_present, sha256_of, write_digests, write_json, write_whole
 from asa.data.io.nifti import Volume, check_same_geometry, read_label, spacing_of
 from asa.data.io.parallel import KILLED, in_processes
 from asa.data.io.tables import NETWORK, check_own, notes_of, read_rows
 from asa.data.preprocessing.resampling import bounding_box
-from asa.data.store import MANIFEST
+from asa.data.splits import select
+from asa.data.store import MANIFEST, Store
 from asa.errors import listed
 from asa.evaluation.comparison import Comparison, compare_runs, latex_table, markdown_table, read_run
 from asa.evaluation.policies import Policy, get_policy
-from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, check_summary, summarise
+from asa.evaluation.summary import CaseRow, SegmentationSummary, cases_csv, check_summary, summarise, summary_table
 from asa.evaluation.tables import table_in
 from asa.inference.layout import VOLUMES, label_maps_of
 from asa.ops.labels import side_of
-from asa.reporting.comparison import write_comparison
-from asa.reporting.evaluation import CaseFiles, write_report
+from asa.reporting.evaluation import CaseFiles, write_comparison, write_report
 from asa.reporting.pages import check_page
 from asa.settings import Config
+from asa.tasks.prediction import subjects_in
 
 ENDING = ".nii.gz"
 DEPTH = 4  # folders above a label map in a BIDS derivative: anat, ses-*, sub-*, and that of its table
@@ -51,7 +54,7 @@ def evaluate_case(
     Args:
         prediction, truth: label maps on one grid, values as declared; in the truth also those ignored by the policy.
         labels: declared label value -> name; 0 is background and not declared.
-        policy, case_id: name of a policy, or one; and what the case is called in rows and errors.
+        policy, case_id: a policy or its name; and what the case is called in rows and errors.
 
     Raises:
         ValueError: another grid, an undeclared label value, a bad declaration, an unknown policy.
@@ -99,60 +102,53 @@ def evaluate_folder(
     unlabelled: Collection[str] = (),
     notes: Sequence[str] = (),
 ) -> SegmentationSummary:
-    """Evaluate a folder of label maps and write cases.csv, summary.json and report.html.
-
-    Nothing is written unless every case could be evaluated; each file is written whole or not at all.
+    """Evaluate a folder of label maps and write cases.csv, summary.json and report.html, if every case can be.
 
     Args:
         predictions: folder of `ID.nii.gz`, a BIDS derivative of asa-predict, or a path with wildcards that stand for
             the id, like `maps/*_seg.nii.gz`.
-        truths: case id -> label map.
+        truths, images: case id -> label map, and image to draw below the labels in the report (of every case, or None).
         labels: declared label value -> name; 0 is background and not declared.
-        policy, out: name of a policy; and the folder for the results, made if missing.
-        images: case id -> image to draw below the labels in the report, for every case of `truths`; or None.
         regions: name -> declared label values whose union is scored, in place of the policy's regions.
-        ignored: label values that the truth may hold beside the declared ones: their voxels count neither for nor
-            against a prediction, which may not hold them.
+        ignored: label values that only the truth may hold beside the declared ones: their voxels do not count.
         allow_missing: accept truths without a prediction (they count in n total, not in the means) and
             predictions without a truth (left out); both are listed in the results.
-        subjects: case id -> subject, whose cases are averaged before statistics; None: a case is one.
         workers: processes; with more than one the caller's main module must be importable (spawn).
+        subjects: case id -> subject, whose cases are averaged before statistics; None: a case is one.
         unlabelled: ids that are known to have no truth: their predictions are left out, and listed in the results.
         notes: lines about the truths for the reader, to which those about the predictions are added.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: cases that do not match, a case that cannot be evaluated, a bad declaration, an unknown
-            policy.
+        ValueError: cases that do not match or cannot be evaluated, a bad declaration, an unknown policy.
         ImportError: the `report` extra is not installed; cases.csv and summary.json are written all the same.
     """
-    check_page(Path(out) / "report.html")
-    check_own(Path(out) / "cases.csv", "asa-evaluate", {"id", "label", "voxels_true"})
-    check_summary(Path(out), "labels", "regions")
+    out, report = Path(out), Path(out) / "report.html"
+    check_page(report)
+    check_own(out / "cases.csv", "asa-evaluate", {"id", "label", "voxels_true"})
+    check_summary(out, "labels", "regions")
     rules = get_policy(policy).of_cohort(regions or {}, ignored)
     rules.regions_of(labels)
     if both := sorted(set(labels) & set(rules.ignored)):
         raise ValueError(f"label {both[0]} is declared as {labels[both[0]]} and ignored: leave it in one of the two")
     cases, unmatched = _match(Path(predictions), truths, images, allow_missing, unlabelled)
-    jobs, rows = [(case, dict(labels), rules) for case in cases], list[CaseRow]()
-    for (case, *_), found in in_processes(
-        _evaluate_files, jobs, workers, title="evaluate", unit="case", progress=progress, ordered=True
-    ):
+    jobs, scored = [(case, dict(labels), rules) for case in cases], dict[str, list[CaseRow]]()
+    done = in_processes(_evaluate_files, jobs, workers, title="evaluate", unit="case", progress=progress)
+    for (case, *_), found in done:
         if found is None:
             raise ValueError(f"case {case.case_id}: {KILLED}")
-        rows += found
+        scored[case.case_id] = found
+    rows = [row for case in cases for row in scored[case.case_id]]
     missing = [case.case_id for case in cases if case.prediction is None]
     told = _rows_of({case.prediction for case in cases if case.prediction})
     networks = sorted({row[NETWORK] for row in told if row.get(NETWORK)})
     about = dict(missing=missing, unmatched=unmatched, notes=[*notes, *notes_of(told)], networks=networks)
     summary = summarise(rows, labels, rules, subjects=subjects, **about)
 
-    report = Path(out) / "report.html"
     report.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
-    write_whole(report.with_name("cases.csv"), cases_csv(summary).encode())
-    files = {case.case_id: _paths(case) for case in cases}
-    write_json(report.with_name("summary.json"), summary.as_json() | {"files": files})
-    write_digests(report.parent, ("cases.csv", "summary.json"))
+    write_whole(out / "cases.csv", cases_csv(summary).encode())
+    write_json(out / "summary.json", summary.as_json() | {"files": {case.case_id: _paths(case) for case in cases}})
+    write_digests(out, ("cases.csv", "summary.json"))
     write_report(report, summary, cases)
     return summary
 
@@ -162,12 +158,10 @@ def _check_values(data: np.ndarray, labels: Mapping[int, str], what: str, ignore
     allowed = {0, *labels, *ignored}
     pairs = zip(values.tolist(), counts.tolist(), strict=True)
     if undeclared := [f"{int(value)} ({count} voxels)" for value, count in pairs if int(value) not in allowed]:
-        found = listed(undeclared, limit=10)
         declared = ", ".join(f"{value} {name}" for value, name in labels.items())
-        raise ValueError(
-            f"{what} holds undeclared label values: {found}; declared are {declared}: declare these too (where the "
-            "labels are: of a store in asa-prepare), or relabel them"
-        )
+        advice = "declare these too (where the labels are: of a store in asa-prepare), or relabel them"
+        found = f"undeclared label values: {listed(undeclared, limit=10)}; declared are {declared}"
+        raise ValueError(f"{what} holds {found}: {advice}")
 
 
 def _match(
@@ -180,38 +174,30 @@ def _match(
     """Pair files by case id, and refuse what does not match before any work is done."""
     if not truths:
         raise ValueError("no truth to evaluate against: give at least one case")
-    if predictions.is_dir():
-        found = label_maps_of(predictions)
-    elif has_wildcard(str(predictions)):
-        found = files_by_id(predictions)
-    else:
+    if not predictions.is_dir() and not has_wildcard(str(predictions)):
         raise FileNotFoundError(f"{predictions}: no such folder; give the one that asa-predict wrote")
+    found = label_maps_of(predictions) if predictions.is_dir() else files_by_id(predictions)
     missing, unmatched = sorted(set(truths) - set(found)), sorted(set(found) - set(truths))
     if missing and (not allow_missing or len(missing) == len(truths)):
+        advice = "predict them first"
         if len(missing) < len(truths):
-            advice = "predict them first, or set allow_missing=true"
+            advice += ", or set allow_missing=true"
         elif found:
             advice = f"the folder holds {listed(sorted(found))}: ids have to be the same in both{_globs(found, truths)}"
-        else:
-            advice = "predict them first"
-        raise ValueError(
-            f"{predictions}: no ID{ENDING} for {len(missing)} of {len(truths)} cases: {listed(missing)}; {advice}"
-        )
+        absent = f"{len(missing)} of {len(truths)} cases: {listed(missing)}"
+        raise ValueError(f"{predictions}: no ID{ENDING} for {absent}; {advice}")
     if (unknown := sorted({*unmatched} - {*unlabelled})) and not allow_missing:
-        raise ValueError(
-            f"{predictions}: {len(unknown)} predictions without a truth: {listed(unknown)}; "
-            "give their truth, predict only the part to be scored (part=test), or set allow_missing=true"
-        )
+        advice = "give their truth, predict only the part to be scored (part=test), or set allow_missing=true"
+        raise ValueError(f"{predictions}: {len(unknown)} predictions without a truth: {listed(unknown)}; {advice}")
     if imageless := [] if images is None else sorted(set(truths) - set(images)):
         raise ValueError(f"no image for {listed(imageless)}: give one for every case, or none at all")
     cases = []
-    for case_id in sorted(truths):
-        image = None if images is None else Path(images[case_id])
-        case = CaseFiles(case_id, found.get(case_id), Path(truths[case_id]), image)
-        for what, path in (("truth", case.truth), ("image", image)):
+    for id in sorted(truths):
+        image = None if images is None else Path(images[id])
+        cases.append(CaseFiles(id, found.get(id), Path(truths[id]), image))
+        for what, path in (("truth", cases[-1].truth), ("image", image)):
             if path is not None:
-                check_present(path, f"; correct the path of the {what} of {case_id}")
-        cases.append(case)
+                check_present(path, f"; correct the path of the {what} of {id}")
     return cases, unmatched
 
 
@@ -261,23 +247,78 @@ def _evaluate_files(job: tuple[CaseFiles, dict[int, str], Policy]) -> list[CaseR
     return [replace(row, values=undefined, voxels_predicted=None, ml_predicted=None) for row in rows]
 
 
+def evaluate_label_maps(config: Config) -> None:
+    """What asa-evaluate does with label maps: print the table, write the results."""
+    if config["predictions"] is None or config["truth"] is None:
+        raise ValueError("predictions= and truth= have to be given, or compare=[RUN_A, RUN_B]")
+    if not isinstance(config["regions"], dict | None):
+        raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
+    truth, out = Path(str(config["truth"])), Path(str(config["out"]))
+    cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
+    if config["regions"] is not None:
+        cohort["regions"] = config["regions"]
+    own = {key: config[key] for key in ("policy", "allow_missing", "workers")}
+    summary = evaluate_folder(Path(str(config["predictions"])), out=out, **own, **cohort)
+    print(summary_table(summary), *summary.notes, sep="\n")
+    print(f"wrote cases.csv, summary.json and report.html to {out}")
+
+
+def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
+    """Label files and images of a store's scans, as keywords of `evaluate_folder`."""
+    if given := [key for key in ("labels", "ignored", "images", "subject") if config[key]]:
+        raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
+    store = Store(path)
+    records: Sequence[Mapping[str, Any]] = store.records
+    if config["split_file"] is None and config["part"] != "test":
+        raise ValueError(f"part={config['part']}: give split_file=RUN/split.json, of which that is a part")
+    if config["split_file"] is not None:
+        records = select(store.records, subjects_in(config["split_file"], config["part"]))
+    labelled = [record for record in records if "label" in record["sources"]]
+    if not labelled:
+        raise ValueError(f"{path}: none of the scans has a label map to compare with")
+    truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
+    images = {record["id"]: store.first_source(record) for record in labelled}
+    subjects = {record["id"]: record["subject"] for record in labelled}
+    own = dict(labels=store.labels, regions=store.regions, ignored=store.ignored)
+    notes = store.notes_on_labels(labelled)
+    unlabelled = [record["id"] for record in records if "label" not in record["sources"]]
+    return dict(truths=truths, images=images, subjects=subjects, unlabelled=unlabelled, notes=notes, **own)
+
+
+def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
+    """Label files of a folder by the text that the pattern's * stands for, as keywords of `evaluate_folder`."""
+    check_no_split(config)
+    if path.is_file():
+        raise ValueError(f"truth={path} is a file: give the folder of the label maps, and pattern= if they are not all")
+    if not isinstance(config["labels"], dict):
+        raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
+    if not all(str(value).isdecimal() and isinstance(name, str) for value, name in config["labels"].items()):
+        raise ValueError(f"labels= are values and their names, like labels={{1: csf, 2: gm}}, got {config['labels']}")
+    if not isinstance(config["ignored"], list) or not all(isinstance(value, int) for value in config["ignored"]):
+        raise ValueError(f"ignored= is a list of label values, like ignored=[2], got {config['ignored']}")
+    pattern = config["pattern"] or next((f"*{end}" for end in VOLUME_ENDINGS if any(path.glob(f"*{end}"))), "*.nii.gz")
+    found = records_of(path, images={"label": pattern})
+    truths = {record["id"]: Path(str(record["images"]["label"])) for record in found}
+    images = None
+    if config["images"] is not None:
+        images = {id: image for id, image in files_by_id(str(config["images"])).items() if id in truths}
+    subjects = {id: subject_of(id, config["subject"]) for id in truths}
+    labels = {int(value): name for value, name in config["labels"].items()}
+    own = dict(labels=labels, regions={}, ignored=config["ignored"])
+    return dict(truths=truths, images=images, subjects=subjects, **own)
+
+
 def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bool = False) -> Comparison:
-    """Compare evaluations with the first of them and write the tables and the page.
+    """Compare evaluations, by their names, with the first of them and write the tables and the page; see `asa.compare`.
 
-    Args:
-        folders: name -> folder that `evaluate_folder` or `evaluate_pictures` wrote, two or more.
-        out, allow_missing: see `asa.compare`.
-
-    Raises:
-        FileNotFoundError: a folder that holds no evaluation.
-        ValueError: evaluations that cannot be compared: another policy, other regions, cases or truths.
-        ImportError: the `report` extra is not installed; all but the page is written all the same.
+    A FileNotFoundError for a folder without an evaluation, a ValueError for evaluations of another policy, or of other
+    regions, cases or truths; an ImportError without the extra `report`, when only the page is missing.
     """
     if len(folders) < 2:
         raise ValueError(f"a comparison needs two evaluations or more, got {len(folders)}: compare=[RUN_A, RUN_B]")
-    check_page(Path(out) / "comparison.html")
-    comparison = compare_runs([read_run(name, Path(folder)) for name, folder in folders.items()], allow_missing)
     page = Path(out) / "comparison.html"
+    check_page(page)
+    comparison = compare_runs([read_run(name, Path(folder)) for name, folder in folders.items()], allow_missing)
     page.unlink(missing_ok=True)  # should the new one fail, an old one must not stand beside new numbers
     write_json(page.with_suffix(".json"), comparison.as_json())
     write_whole(page.with_suffix(".md"), markdown_table(comparison).encode())
@@ -289,10 +330,8 @@ def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bo
 def check_no_split(config: Config) -> None:
     """Raise a ValueError for a choice of scans, which only a store has, with another truth."""
     if config["split_file"] is not None and not (Path(str(config["truth"])) / MANIFEST).exists():
-        raise ValueError(
-            f"split_file={config['split_file']} chooses scans of a store, and truth={config['truth']} is none: leave "
-            "it out, and predict the part to be scored alone (asa-predict part=test)"
-        )
+        given = f"split_file={config['split_file']} chooses scans of a store, and truth={config['truth']} is none"
+        raise ValueError(f"{given}: leave it out, and predict the part to be scored alone (asa-predict part=test)")
 
 
 def tables_of(config: Config, *names: str) -> tuple[Path, Path, Path]:

@@ -1,24 +1,29 @@
-"""What asa-predict is asked for: which checkpoints, and which scans; and tables of scans that it adds to."""
+"""What asa-predict is asked for: which checkpoints and which scans; label and anomaly maps, and tables of scans."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from asa.data.io.files import check_out, write_whole
+from asa.config import typed
+from asa.data.io.files import check_out, make_below, write_whole
 from asa.data.io.lock import in_turn
 from asa.data.io.nifti import Volume
-from asa.data.io.tables import PARQUET, TRAINED_ON, check_own, csv_text, read_rows, write_numbers
+from asa.data.io.tables import NETWORK, PARQUET, TRAINED_ON, check_own, csv_text, read_rows, short, write_numbers
 from asa.data.splits import read_split
 from asa.data.store import MANIFEST, Store
 from asa.inference.anomaly import COLUMNS, AnomalyScorer
-from asa.inference.layout import Layout
+from asa.inference.atlas import AtlasSegmenter
+from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, probabilities_of
 from asa.inference.preprocessing import ScanPreprocessor
 from asa.inference.scans import Scan, ScanPredictor, predict_each, raw_scans, stored_scans
-from asa.settings import Config
+from asa.inference.segmentation import Segmenter
+from asa.settings import Config, PredictSettings
 from asa.training.checkpoint_files import is_shipped, on_hub
 
+COLUMN = rf"file|.*_(ml|expected_dice)|{NETWORK}|{TRAINED_ON}"  # of a table of volumes
 LABEL_MAPS_ONLY = ("mirror", "probabilities", "uncertainty", "layout")  # settings
 
 
@@ -34,20 +39,15 @@ def predict_scans(
 
 
 def predict_anomalies(scorer: AnomalyScorer, config: Config) -> None:
-    """Write an anomaly map `OUT/ID.nii.gz` of each scan, and the measures of all to the scorer's table in OUT.
-
-    What can be wrong with the folders is found before healthy scans are computed.
-    """
+    """Write an anomaly map `OUT/ID.nii.gz` of each scan, and the measures of all to the scorer's table in OUT."""
     predictor, layout = _AnomalyPredictor(scorer, config), Layout(Path(str(config["out"])), table=scorer.table)
     scans = scans_of(config, scorer.preprocessor)
-    if config["healthy"] is not None:
+    if config["healthy"] is not None:  # after the folders were checked, as it takes long
         scorer.compare_with(config["healthy"])
     predict_each(predictor, scans, layout)
 
 
 class _AnomalyPredictor:
-    """See `predict_anomalies`."""
-
     def __init__(self, scorer: AnomalyScorer, config: Config) -> None:
         self.scorer, self.preprocessor = scorer, scorer.preprocessor
         self.out, self.source = Path(str(config["out"])), Path(str(config["input"]))
@@ -61,6 +61,86 @@ class _AnomalyPredictor:
     def finish(self, found: Mapping[str, dict[str, str]]) -> str:
         add_rows(self.table, found, source=self.source)
         return f"wrote {self.table}, and a map of each scan beside it"
+
+
+class SegmentationPredictor:
+    """Writes the label map of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
+
+    By default by the networks of the configuration. A folder is refused if it holds label maps that atlases made, which
+    networks would mix with theirs, or other files that might be replaced.
+    """
+
+    def __init__(self, config: Config, segmenter: AtlasSegmenter | None = None) -> None:
+        self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
+        if (self.out / VOLUMES).exists():
+            read_rows(self.out / VOLUMES)  # rows are added to it: refused before the work if it is no table
+            check_own(self.out / VOLUMES, "asa-predict", {"id"}, COLUMN)
+        if segmenter is None and (self.out / ATLASES).exists():
+            raise ValueError(f"{self.out} holds label maps that atlases made ({ATLASES}): choose another out=")
+        if config["layout"] != "bids" and self.out.is_dir():
+            other = ".nii.gz" if config["layout"] == "mgz" else ".mgz"
+            if found := sorted(self.out.glob(f"*{other}")):
+                raise ValueError(f"{found[0]}: label maps of the other layout are here: choose another out=")
+        if segmenter is None and config["layout"] != "bids":  # which has a mark of its own
+            check_out(self.out, VOLUMES, f"a folder of asa-predict (with {VOLUMES})")
+        self.with_uncertainty = config["uncertainty"] is not None
+        self.segmenter: Segmenter | AtlasSegmenter = segmenter or networks_of(config)
+        self.preprocessor = self.segmenter.preprocessor
+        self.layout = Layout(self.out, ".mgz" if config["layout"] == "mgz" else ".nii.gz", VOLUMES)
+        if config["layout"] == "bids":
+            made_by = self.segmenter.described()
+            self.layout = BidsDerivative(self.out, self.segmenter.outputs, made_by, self.with_probabilities)
+
+    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
+        """Predict a scan; its row in the table of volumes."""
+        probabilities, uncertainty = self.further_files(id)
+        out = self.layout.label_map(id)
+        beside = {*probabilities_of(self.out, id, out).values(), self.layout.uncertainty(id)}
+        for earlier in beside - {*probabilities, *uncertainty}:
+            earlier.unlink(missing_ok=True)
+            earlier.with_name(earlier.name.replace(".nii.gz", ".json")).unlink(missing_ok=True)
+        make_below(self.out, out, *probabilities, *uncertainty)
+        ml, expected = self.segmenter.segment_prepared(
+            image, chain, like, out, probabilities=probabilities or None, uncertainty=next(iter(uncertainty), None)
+        )
+        row = {"id": id}
+        if isinstance(self.layout, BidsDerivative):
+            row["file"] = out.relative_to(self.out).as_posix()
+        row |= {f"{name}_ml": f"{value:.3f}" for name, value in ml.items()}
+        for name, value in expected.items():
+            row[f"{name}_expected_dice"] = "" if math.isnan(value) else f"{value:.4f}"
+        for step in chain.get("steps", ()):
+            if step["stage"] == "strip" and "ml" in step:
+                row["brain_mask_ml"] = str(step["ml"])
+        if isinstance(self.segmenter, Segmenter):
+            row[NETWORK] = short(*self.segmenter.digests)
+        return row
+
+    def further_files(self, id: str) -> tuple[list[Path], list[Path]]:
+        """Where the probabilities of a scan and its uncertainty are written, if they are asked for."""
+        probabilities = self.layout.probabilities(id) if self.with_probabilities else []
+        if isinstance(probabilities, Path):
+            probabilities = self.segmenter.outputs.files(probabilities)
+        return probabilities, [self.layout.uncertainty(id)] if self.with_uncertainty else []
+
+    def finish(self, found: Mapping[str, Any]) -> str:
+        return f"wrote label maps and {VOLUMES} to {self.out}"
+
+    def add(self, id: str, row: dict[str, str]) -> None:
+        """Add a scan's row to the table of volumes, as soon as it has its label map."""
+        add_rows(self.out / VOLUMES, {id: row}, before=self.rows_before)
+
+    def rows_before(self) -> dict[str, dict[str, str]]:
+        """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""
+        rows, end = rows_in(self.out / VOLUMES), self.layout.ending
+        return {id: row for id, row in rows.items() if (self.out / (row.get("file") or f"{id}{end}")).is_file()}
+
+
+def networks_of(config: Config, *, progress: bool = True) -> Segmenter:
+    """The networks of asa-predict, with a progress bar of windows; raises as `Segmenter`."""
+    settings, uncertainty = typed(PredictSettings, config["predict"]), config["uncertainty"] or "entropy"
+    own = {key: config[key] for key in ("mirror", "strip", "plugins")}
+    return Segmenter(checkpoints_of(config), settings, uncertainty=uncertainty, progress=progress, **own)
 
 
 def scans_of(config: Config, preprocessor: ScanPreprocessor) -> list[Scan]:
@@ -98,8 +178,7 @@ def add_rows(
 
     Args:
         table, rows: in a folder that exists; cells by column, "id" among them, by id; in a Parquet others are numbers.
-        source: what was predicted. Subjects of a store are written, too, where they are not called as the scan; a
-            Parquet holds none.
+        source: what was predicted: subjects of a store are added, where they are not called as the scan.
         before: reads the rows that the table keeps; None: all of them.
     """
     if not rows:

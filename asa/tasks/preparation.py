@@ -59,15 +59,14 @@ def prepare_task(config: Config) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file is none of those that a command leaves that was killed before its first manifest."""
+    """Whether a file is none of those that an asa-prepare leaves that was killed before its first manifest."""
     return path.name != LOCK and path.suffix != PART and (path.name != RECORDS or path.stat().st_size > 0)
 
 
 def verify(path: Path) -> None:
     """Compare a store with its checksums; a ValueError after the list of damaged scans."""
     store = Store(path)
-    damaged = store.verify()
-    for id, reason in damaged:
+    for id, reason in (damaged := store.verify()):
         print(f"{id}: {reason}")
     if damaged:
         raise ValueError(f"{path}: {counted(len(damaged), 'scan')} damaged, listed above with what to do")

@@ -26,15 +26,11 @@ from asa.data.loading.loader import collate
 from asa.data.store import MANIFEST, Store
 from asa.data.store import Records as StoredRecords
 from asa.errors import counted
-from asa.evaluation.maps import evaluate_maps
 from asa.evaluation.statistics import in_interval
-from asa.evaluation.tables import evaluate_asymmetry
-from asa.inference.anomaly import TABLE as ANOMALY
-from asa.inference.anomaly import read_pretrained
-from asa.inference.asymmetry import TABLE as ASYMMETRY
-from asa.inference.asymmetry import AsymmetryScorer
+from asa.evaluation.tables import evaluate_asymmetry, evaluate_maps
+from asa.inference.anomaly import ASYMMETRY_TABLE, AsymmetryScorer, PredictionErrorScorer, read_pretrained
+from asa.inference.anomaly import TABLE as ANOMALY_TABLE
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
-from asa.inference.masked_prediction import PredictionErrorScorer
 from asa.inference.preprocessing import training_scan_metadata
 from asa.inference.segmentation import PredictSettings
 from asa.methods.base import MODALITY, Batch
@@ -52,6 +48,10 @@ from asa.training.plan import logged, volume_batch
 
 HEALTHY = "healthy"  # value of data.health for a cohort of healthy subjects
 UNKNOWN = float("nan")
+TABLE_SCORED = (
+    "{healthy} healthy scans and {patients} of patients; left out are {without_health} scans without health, and "
+    "{without_prediction} rows of {truth} without a prediction"
+)
 MAPS_SCORED = (
     "{with_lesion} scans with a lesion, {without} without; left out are {left_out} without a label, and "
     "{without_prediction} labelled ones without a map"
@@ -97,14 +97,11 @@ class Pretraining(VolumeTask):
         return super().crops(method, part, air=air, excluded=excluded, **options)
 
     def excludes(self, method: Any) -> bool:
-        """Whether the loss leaves out voxels that the store marks, like those that a defacing removed.
-
-        In a store with labels the ignored voxels lack a label, and not their image.
-        """
+        """Whether the loss leaves out voxels that a store without labels marks, like those that a defacing removed."""
         return bool(self.store.ignored and not self.store.labels) and getattr(method, "excludes", False)
 
     def validation(self, method: Any) -> Validate:
-        # Without held-out subjects the error is computed on training scans, and the log says so.
+        # Without held-out subjects on training scans, which `begin` says.
         held_out = self.crops(method, self.parts["validation"] or self._first_scans())
         path, placement = self.data.labelled_store, self.data.placement
         labelled = open_labelled(path, self._channels_of(path), held_out.size, placement) if path else None
@@ -143,8 +140,7 @@ class Pretraining(VolumeTask):
         found = {}
         for modality, scans in self.trained.items():
             store = self.store.modalities[modality]
-            about = {"channels": store.channels, "prepare": store.settings}
-            found[modality] = {**about, **training_scan_metadata(scans)}
+            found[modality] = {"channels": store.channels, "prepare": store.settings, **training_scan_metadata(scans)}
         method = self.config["method"]
         of_method = {"normalised": method["normalise"]} if "normalise" in method else {}
         return of_method | ({**next(iter(found.values())), "modalities": found} if found else {})
@@ -167,17 +163,15 @@ class Pretraining(VolumeTask):
     @staticmethod
     def predict(config: Config) -> None:
         """Maps of asymmetry, or of the errors of a network's predictions; see `map` of asa-predict."""
-        own = {key: config[key] for key in ("strip", "plugins")}
-        model, preprocessor = read_pretrained(
-            only_checkpoint(config, "an anomaly map"), channels=channels_of(config), **own
-        )
+        checkpoint, own = only_checkpoint(config, "an anomaly map"), {key: config[key] for key in ("strip", "plugins")}
+        model, preprocessor = read_pretrained(checkpoint, channels=channels_of(config), **own)
         asymmetry = config["map"] == "asymmetry" or (config["map"] is None and hasattr(model, "asymmetry"))
         scorer: Any = AsymmetryScorer if asymmetry else PredictionErrorScorer
         predict_anomalies(scorer(model, preprocessor, typed(PredictSettings, config["predict"])), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        table, truth, out = tables_of(config, ASYMMETRY, ANOMALY)
+        table, truth, out = tables_of(config, ASYMMETRY_TABLE, ANOMALY_TABLE)
         if (truth / MANIFEST).exists():
             if config["regions"] is not None:
                 raise ValueError("regions= is for label maps; of anomaly maps every label is right: leave it out")
@@ -189,11 +183,7 @@ class Pretraining(VolumeTask):
             results, notes = summary["results"], summary["notes"]
         else:
             results, counts, notes = evaluate_asymmetry(table, truth, out)
-            print(
-                f"{counts['healthy']} healthy scans and {counts['patients']} of patients; left out are "
-                f"{counts['without_health']} scans without health, and {counts['without_prediction']} rows of "
-                f"{truth} without a prediction"
-            )
+            print(TABLE_SCORED.format(**counts, truth=truth))
         for measure, row in results.items():
             print(f"AUC of {measure:<6} {in_interval(row['auc'], row['auc_low'], row['auc_high'])}")
         for note in notes:
@@ -201,11 +191,10 @@ class Pretraining(VolumeTask):
 
 
 def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Validation:
-    """Means of what a method returns over all records, always under the same random draws; panels of the first record.
+    """Means of what a method in evaluation mode returns over all records, and panels of the first record.
 
-    Where records are of several modalities, "NAME_MODALITY" are the means over those of each. The method is in
-    evaluation mode, and crops are not augmented. Several processes divide the records between them; each returns the
-    whole result, and the main one the panels.
+    Where records are of several modalities, "NAME_MODALITY" are the means over those of each. Several processes divide
+    the records between them; each returns the whole result, and the main one the panels.
     """
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
@@ -231,19 +220,18 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
 
 def reconstruction_panels(method: PretrainingMethod, batch: dict[str, Any]) -> dict[str, np.ndarray]:
     """A method's figures of a batch's first sample by name, RGB uint8, with a title above each column."""
-    return {
-        name: reconstruction_panel(
-            *(volume[0, 0].float().cpu().numpy() for volume in volumes.values()), titles=list(volumes)
-        )
-        for name, volumes in method.pictures(batch).items()
-    }
+    panels = {}
+    for name, volumes in method.pictures(batch).items():
+        first = [volume[0, 0].float().cpu().numpy() for volume in volumes.values()]
+        panels[name] = reconstruction_panel(*first, titles=list(volumes))
+    return panels
 
 
 def read_health(source: str | None, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """The health of each scan by record id, which batches hold as "health": 1 healthy, 0 patient, NaN unknown.
 
-    The source is "healthy" for a cohort of healthy subjects, a table with the columns subject (or id) and health, or
-    None where health is not known. A ValueError for a table that does not fit, or a health that is neither 0 nor 1.
+    The source is "healthy" for a cohort of healthy subjects, a table with subject (or id) and health, or None where it
+    is not known. A ValueError for a table that does not fit, or a health that is neither 0 nor 1.
     """
     if source is None:
         return {}

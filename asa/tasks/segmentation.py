@@ -16,47 +16,29 @@ import numpy as np
 import torch
 
 from asa.config import build, typed
-from asa.data.datasets import folder
-from asa.data.datasets.record import subject_of
-from asa.data.io.files import check_out, make_below
-from asa.data.io.nifti import VOLUME_ENDINGS, Volume
-from asa.data.io.tables import NETWORK, TRAINED_ON, check_own, read_rows, short
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, JoinedSides, VolumeSource
 from asa.data.loading.loader import collate
-from asa.data.splits import select
-from asa.data.store import MANIFEST, Store
+from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.evaluation.metrics import dice
-from asa.evaluation.summary import summary_table
 from asa.inference.anomaly import LabelScorer
-from asa.inference.atlas import AtlasSegmenter
 from asa.inference.label_maps import Outputs
-from asa.inference.layout import ATLASES, VOLUMES, BidsDerivative, Layout, probabilities_of
-from asa.inference.segmentation import PredictSettings, Segmenter, sliding_window
+from asa.inference.segmentation import PredictSettings, sliding_window
 from asa.inference.unlabelled import REST, UnlabelledScans
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED, joined_sides, pairs_by_name, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
 from asa.settings import Config
-from asa.tasks.evaluation import check_no_split, evaluate_folder
-from asa.tasks.prediction import (
-    LABEL_MAPS_ONLY,
-    add_rows,
-    checkpoints_of,
-    predict_anomalies,
-    predict_scans,
-    rows_in,
-    subjects_in,
-)
+from asa.tasks.evaluation import evaluate_label_maps
+from asa.tasks.prediction import LABEL_MAPS_ONLY, SegmentationPredictor, networks_of, predict_anomalies, predict_scans
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split
 from asa.training.device import on_device
 from asa.training.distributed import map_over_ranks
 from asa.training.loop import Validate, Validation
 
 SIDED_SCANS = 5  # whose label maps are searched for exchanged sides
-COLUMN = rf"file|.*_(ml|expected_dice)|{NETWORK}|{TRAINED_ON}"  # of a table of volumes
 
 
 class Segmentation(VolumeTask):
@@ -79,10 +61,8 @@ class Segmentation(VolumeTask):
         self.join_sides = self._joins_sides()
         for left, right in self.pairs if self.join_sides else []:
             if side_of(left) == "r" or side_of(right) == "l":
-                raise ValueError(
-                    f"data.lateral_pairs: in [{left}, {right}] the left one has to be the first, as the plane "
-                    f"separates them: give [{right}, {left}]"
-                )
+                why = "the left one has to be the first, as the plane separates them"
+                raise ValueError(f"data.lateral_pairs: in [{left}, {right}] {why}: give [{right}, {left}]")
         if self.join_sides:
             check_sides(store, self.parts["train"], self.lateral_pairs)
         joined = joined_sides(len(self.index) + 1, self.lateral_pairs if self.join_sides else [])
@@ -105,10 +85,8 @@ class Segmentation(VolumeTask):
         asked = self.data.join_sides
         possible = bool(self.lateral_pairs) and not self.regions
         if asked and not possible:
-            raise ValueError(
-                "data.join_sides=true trains each pair of labels as one class: give data.lateral_pairs="
-                "[[left_x, right_x]], and a method without regions"
-            )
+            advice = "give data.lateral_pairs=[[left_x, right_x]], and a method without regions"
+            raise ValueError(f"data.join_sides=true trains each pair of labels as one class: {advice}")
         if asked is not None or not possible:
             return bool(asked)
         node = {**self.config["model"], "in_channels": len(self.store.channels), "out_channels": 2}
@@ -194,19 +172,7 @@ class Segmentation(VolumeTask):
 
     @staticmethod
     def evaluate(config: Config) -> None:
-        for key in ("predictions", "truth"):
-            if config[key] is None:
-                raise ValueError("predictions= and truth= have to be given, or compare=[RUN_A, RUN_B]")
-        if not isinstance(config["regions"], dict | None):
-            raise ValueError(f"regions= joins label values, like regions={{core: [1, 4]}}, got {config['regions']!r}")
-        truth, out = Path(str(config["truth"])), Path(str(config["out"]))
-        cohort = _truth_of_store(truth, config) if (truth / MANIFEST).exists() else _truth_of_folder(truth, config)
-        if config["regions"] is not None:
-            cohort["regions"] = config["regions"]
-        own = {key: config[key] for key in ("policy", "allow_missing", "workers")}
-        summary = evaluate_folder(Path(str(config["predictions"])), out=out, **own, **cohort)
-        print(summary_table(summary), *summary.notes, sep="\n")
-        print(f"wrote cases.csv, summary.json and report.html to {out}")
+        evaluate_label_maps(config)
 
 
 def _regions(node: Config, store: Store) -> dict[str, list[int]]:
@@ -233,18 +199,13 @@ def lateral_indices(
             raise ValueError(f"data.lateral_pairs names {name!r}; the store's labels are {', '.join(index)}")
     unpaired = [name for name in index if side_of(name) and name not in paired]
     if unpaired and augment.mirror_probability > 0 and "W" in augment.mirror_axes:
-        raise ValueError(
-            f"the label {unpaired[0]!r} has a side and no partner to be exchanged with in mirrored crops: "
-            "give data.lateral_pairs=[[left_x, right_x]], or augment.mirror_axes=DH"
-        )
+        alone = f"the label {unpaired[0]!r} has a side and no partner to be exchanged with in mirrored crops"
+        raise ValueError(f"{alone}: give data.lateral_pairs=[[left_x, right_x]], or augment.mirror_axes=DH")
     return [(index[left], index[right]) for left, right in pairs]
 
 
 def check_sides(store: Store, records: Records, pairs: Sequence[tuple[int, int]]) -> None:
-    """Raise a ValueError if in most of a few label maps the voxels of the left labels of `pairs` lie to the right.
-
-    These are class indices, (left, right), which the plane would exchange.
-    """
+    """Raise a ValueError if in most of a few label maps the left one of `pairs` of class indices lies to the right."""
     side = np.zeros(256, np.int8)
     for left, right in pairs:
         side[left], side[right] = -1, 1
@@ -280,12 +241,11 @@ def validate_segmentation(
     Args:
         method, source, ids: the method, in evaluation mode, and the labelled scans.
         parts: name -> class indices that are scored as one: labels, or regions.
-        settings: of the sliding window.
-        names: of the classes from 1, for the legend.
+        settings, names: of the sliding window; and of the classes from 1, for the legend.
 
     Returns:
         "dice_NAME" of each part (1 for a scan where neither map holds it) and "dice", their mean; and a panel of
-        image, truth and prediction in three planes, through the middle of what is labelled, with a legend.
+        image, truth and prediction in three planes, through the middle of what is labelled.
     """
     panels: dict[str, np.ndarray] = {}
 
@@ -312,131 +272,8 @@ def validate_segmentation(
 def mean_loss(method: SegmentationMethod, dataset: CropDataset) -> float:
     """Mean loss over labelled crops; several processes divide them, and each returns the mean of all."""
     device = next(method.parameters()).device
-    losses = map_over_ranks(
-        range(len(dataset)), lambda index: float(method(on_device(collate([dataset[index]]), device))["loss"])
-    )
-    return float(np.mean(losses))
 
+    def loss(index: int) -> float:
+        return float(method(on_device(collate([dataset[index]]), device))["loss"])
 
-class SegmentationPredictor:
-    """Writes the label map of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
-
-    What predicts is a segmenter, by default the networks of the configuration of asa-predict. A folder is refused if
-    it holds label maps that atlases made, which networks would mix with theirs, or other files that might be replaced.
-    """
-
-    def __init__(self, config: Config, segmenter: AtlasSegmenter | None = None) -> None:
-        self.out, self.with_probabilities = Path(str(config["out"])), config["probabilities"]
-        if (self.out / VOLUMES).exists():
-            read_rows(self.out / VOLUMES)  # rows are added to it: refused before the work if it is no table
-            check_own(self.out / VOLUMES, "asa-predict", {"id"}, COLUMN)
-        if segmenter is None and (self.out / ATLASES).exists():
-            raise ValueError(f"{self.out} holds label maps that atlases made ({ATLASES}): choose another out=")
-        if config["layout"] != "bids" and self.out.is_dir():
-            other = ".nii.gz" if config["layout"] == "mgz" else ".mgz"
-            if found := sorted(self.out.glob(f"*{other}")):
-                raise ValueError(f"{found[0]}: label maps of the other layout are here: choose another out=")
-        if segmenter is None and config["layout"] != "bids":  # which has a mark of its own
-            check_out(self.out, VOLUMES, f"a folder of asa-predict (with {VOLUMES})")
-        self.with_uncertainty = config["uncertainty"] is not None
-        self.segmenter: Segmenter | AtlasSegmenter = segmenter or networks_of(config)
-        self.preprocessor = self.segmenter.preprocessor
-        self.layout = Layout(self.out, ".mgz" if config["layout"] == "mgz" else ".nii.gz", VOLUMES)
-        if config["layout"] == "bids":
-            made_by = self.segmenter.described()
-            self.layout = BidsDerivative(self.out, self.segmenter.outputs, made_by, self.with_probabilities)
-
-    def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:
-        """Predict a scan; its row in the table of volumes."""
-        probabilities, uncertainty = self.further_files(id)
-        out = self.layout.label_map(id)
-        beside = {*probabilities_of(self.out, id, out).values(), self.layout.uncertainty(id)}
-        for earlier in beside - {*(probabilities or ()), uncertainty}:
-            earlier.unlink(missing_ok=True)
-            earlier.with_name(earlier.name.replace(".nii.gz", ".json")).unlink(missing_ok=True)
-        make_below(self.out, out, *(probabilities or ()), *([uncertainty] if uncertainty else ()))
-        ml, expected = self.segmenter.segment_prepared(
-            image, chain, like, out, probabilities=probabilities, uncertainty=uncertainty
-        )
-        volumes = {f"{name}_ml": f"{value:.3f}" for name, value in ml.items()}
-        strip: dict[str, Any] = next((step for step in chain.get("steps", ()) if step["stage"] == "strip"), {})
-        brain = {"brain_mask_ml": str(strip["ml"])} if "ml" in strip else {}
-        scores = {
-            f"{name}_expected_dice": "" if math.isnan(value) else f"{value:.4f}" for name, value in expected.items()
-        }
-        named = isinstance(self.layout, BidsDerivative)
-        file = {"file": out.relative_to(self.out).as_posix()} if named else {}
-        networks = {NETWORK: short(*self.segmenter.digests)} if isinstance(self.segmenter, Segmenter) else {}
-        return {"id": id, **file, **volumes, **scores, **brain, **networks}
-
-    def further_files(self, id: str) -> tuple[list[Path] | None, Path | None]:
-        """Where the probabilities of a scan and its uncertainty are written, each None if it is not asked for."""
-        probabilities = self.layout.probabilities(id) if self.with_probabilities else None
-        if isinstance(probabilities, Path):
-            probabilities = self.segmenter.outputs.files(probabilities)
-        return probabilities, self.layout.uncertainty(id) if self.with_uncertainty else None
-
-    def finish(self, found: Mapping[str, Any]) -> str:
-        return f"wrote label maps and {VOLUMES} to {self.out}"
-
-    def add(self, id: str, row: dict[str, str]) -> None:
-        """Add a scan's row to the table of volumes, as soon as it has its label map."""
-        add_rows(self.out / VOLUMES, {id: row}, before=self.rows_before)
-
-    def rows_before(self) -> dict[str, dict[str, str]]:
-        """Rows of an earlier table, of scans whose label maps are still here; another network's have other columns."""
-        rows, end = rows_in(self.out / VOLUMES), self.layout.ending
-        return {id: row for id, row in rows.items() if (self.out / (row.get("file") or f"{id}{end}")).is_file()}
-
-
-def networks_of(config: Config, *, progress: bool = True) -> Segmenter:
-    """The networks of asa-predict, with a progress bar of windows; raises as `Segmenter`."""
-    settings, uncertainty = typed(PredictSettings, config["predict"]), config["uncertainty"] or "entropy"
-    own = {key: config[key] for key in ("mirror", "strip", "plugins")}
-    return Segmenter(checkpoints_of(config), settings, uncertainty=uncertainty, progress=progress, **own)
-
-
-def _truth_of_store(path: Path, config: Config) -> dict[str, Any]:
-    """Source label files and images of a store's scans, as keywords of `evaluate_folder`."""
-    if given := [key for key in ("labels", "ignored", "images", "subject") if config[key]]:
-        raise ValueError(f"{given[0]}= is for a folder of label maps, and {path} is a store with its own: leave it out")
-    store = Store(path)
-    records: Sequence[Mapping[str, Any]] = store.records
-    if config["split_file"] is None and config["part"] != "test":
-        raise ValueError(f"part={config['part']}: give split_file=RUN/split.json, of which that is a part")
-    if config["split_file"] is not None:
-        records = select(store.records, subjects_in(config["split_file"], config["part"]))
-    labelled = [record for record in records if "label" in record["sources"]]
-    if not labelled:
-        raise ValueError(f"{path}: none of the scans has a label map to compare with")
-    truths = {record["id"]: Path(record["sources"]["label"]["path"]) for record in labelled}
-    images = {record["id"]: store.first_source(record) for record in labelled}
-    subjects = {record["id"]: record["subject"] for record in labelled}
-    own = dict(labels=store.labels, regions=store.regions, ignored=store.ignored)
-    notes = store.notes_on_labels(labelled)
-    unlabelled = [record["id"] for record in records if "label" not in record["sources"]]
-    return dict(truths=truths, images=images, subjects=subjects, unlabelled=unlabelled, notes=notes, **own)
-
-
-def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
-    """Label files of a folder by the text that the pattern's * stands for, as keywords of `evaluate_folder`."""
-    check_no_split(config)
-    if path.is_file():
-        raise ValueError(f"truth={path} is a file: give the folder of the label maps, and pattern= if they are not all")
-    if not isinstance(config["labels"], dict):
-        raise ValueError("labels has to be given with a folder of label maps, like labels={1: csf, 2: gm, 3: wm}")
-    if not all(str(value).isdecimal() and isinstance(name, str) for value, name in config["labels"].items()):
-        raise ValueError(f"labels= are values and their names, like labels={{1: csf, 2: gm}}, got {config['labels']}")
-    if not isinstance(config["ignored"], list) or not all(isinstance(value, int) for value in config["ignored"]):
-        raise ValueError(f"ignored= is a list of label values, like ignored=[2], got {config['ignored']}")
-    pattern = config["pattern"] or next((f"*{end}" for end in VOLUME_ENDINGS if any(path.glob(f"*{end}"))), "*.nii.gz")
-    records = folder.records(path, images={"label": pattern})
-    truths = {record["id"]: Path(str(record["images"]["label"])) for record in records}
-    labels = {int(value): name for value, name in config["labels"].items()}
-    images = None
-    if config["images"] is not None:
-        found = folder.files_by_id(str(config["images"]))
-        images = {id: image for id, image in found.items() if id in truths}
-    subjects = {id: subject_of(id, config["subject"]) for id in truths}
-    own = dict(labels=labels, regions={}, ignored=config["ignored"])
-    return dict(truths=truths, images=images, subjects=subjects, **own)
+    return float(np.mean(map_over_ranks(range(len(dataset)), loss)))

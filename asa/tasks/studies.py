@@ -26,8 +26,9 @@ from asa.evaluation.policies import CLASSIFICATION
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
 from asa.settings import Config
+from asa.tasks.base import task_of_method
 from asa.tasks.checks import chosen_arms
-from asa.tasks.run import call, task_of_method, train_task
+from asa.tasks.run import call, train_task
 from asa.training.checkpoint_files import find_weights
 from asa.training.distributed import world_size
 from asa.training.process import Stopped
@@ -52,8 +53,7 @@ def finetune_task(config: Config) -> Path | None:
 def cross_validate(config: Config, policy: str) -> Path | None:
     """Fine-tune all folds in folders of their own, predict each fold's test part, and score all predictions together.
 
-    Returns:
-        The folder that holds the folds' runs; None where nothing was to be trained.
+    Returns the folder that holds the folds' runs; None where nothing was to be trained.
     """
     out, folds = Path(str(config["out"])), _fold_configs(config)
     if config["plan"] is not None or config["transfer"] != "load":
@@ -173,7 +173,7 @@ class Ablation:
     def __init__(self, config: Config) -> None:
         self.config, self.arms = config, chosen_arms(config)
         self.out = Path(str(config["out"])).resolve()  # its parts are settings of runs, resumed from any directory
-        self.store = Path(config["store"] or self.out / "store")  # the given one, or that of `prepare`
+        self.store = Path(config["store"] or self.out / "store")  # the latter is that of `prepare`
         self.pretrained: dict[str, str | None] = {}  # name -> why it failed, None: done
         self.trials: list[Trial] = []
         self.failures: dict[str, str] = {}
@@ -204,10 +204,8 @@ class Ablation:
         for name, reason in self.failures.items():
             print(f"{name}: failed: {reason}")
         if self.failures:
-            raise ValueError(
-                f"{len(self.failures)} of {len(cells)} runs failed, listed above (their output: {out / 'logs'}): "
-                "the same command repeats them"
-            )
+            failed = f"{len(self.failures)} of {len(cells)} runs failed"
+            raise ValueError(f"{failed}, listed above (their output: {out / 'logs'}): the same command repeats them")
 
     def splits(self) -> dict[int, dict[str, list[str]]]:
         """The split of each seed; raises a ValueError without test subjects, or with too few training subjects."""
@@ -235,14 +233,13 @@ class Ablation:
             raise ValueError(f"{out} is not empty and not an ablation: choose another out=")
 
     def _lasting(self) -> Config:
-        """The settings that all runs share."""
         return {key: value for key, value in self.config.items() if key not in (*FREE, "out")}
 
     def _prepare(self) -> None:
         """Make the store by asa-prepare; scans that are prepared already are not done again."""
         print(f"store: {self.store}", flush=True)
-        raw = {"data.root": self.out / "scans"}  # where phantoms are generated
-        settings = (raw, self.config["prepare"], {"out": self.store})
+        phantoms = {"data.root": self.out / "scans"}
+        settings = (phantoms, self.config["prepare"], {"out": self.store})
         if failure := self._attempt("prepare", lambda: call("prepare", *settings)):
             raise ValueError(f"prepare: {failure}")
 
@@ -278,11 +275,12 @@ class Ablation:
         call("finetune", config["finetune"], arm["finetune"], own, config_dir=config["config_dir"])
         scans = {"checkpoint": run, "input": self.store, "part": "test", "out": predictions}
         call("predict", config["predict"], scans)
-        truth = {"truth": self.store, "split_file": split_file}
+        scored = {"predictions": predictions, "policy": config["policy"], "out": self.out / "evaluations" / cell.name}
         if _of_classes(config):
-            truth = {"truth": config["finetune"]["data.classes"]}
-        out = self.out / "evaluations" / cell.name
-        call("evaluate", {"predictions": predictions, "policy": config["policy"], "out": out}, truth)
+            scored["truth"] = config["finetune"]["data.classes"]
+        else:
+            scored |= {"truth": self.store, "split_file": split_file}
+        call("evaluate", scored)
 
     def _pretrain(self, seed: int, arm: str) -> str:
         """Pretrain an arm, once a seed or once for all; the name of its folder."""
@@ -333,10 +331,8 @@ class Ablation:
             seen.setdefault(trial.arm, set()).update(one["subject"] for one in found if one["match"] == "scan")
         for arm, subjects in seen.items():
             if subjects:
-                notes.append(
-                    f"the pretraining of {arm} saw {len(subjects)} held-out subjects ({listed(sorted(subjects), 5)}): "
-                    "read its scores as optimistic"
-                )
+                held_out = f"{len(subjects)} held-out subjects ({listed(sorted(subjects), 5)})"
+                notes.append(f"the pretraining of {arm} saw {held_out}: read its scores as optimistic")
         return notes
 
     def _split_file(self, seed: int) -> Path:

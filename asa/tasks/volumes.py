@@ -11,10 +11,21 @@ from torch import nn
 from asa.config import build, typed, written
 from asa.data.io.files import read_yaml, write_json
 from asa.data.joined import open_stores, records_by_modality
-from asa.data.leakage import LeakedSubject, TrainingDigests, find_leaks, stored_digests, training_digests
 from asa.data.loading.augment import AugmentSettings
 from asa.data.loading.crops import CropDataset, VolumeSource
-from asa.data.splits import keep_labelled, make_joint_split, make_split, read_split, select, subjects_of
+from asa.data.splits import (
+    LeakedSubject,
+    TrainingDigests,
+    find_leaks,
+    keep_labelled,
+    make_joint_split,
+    make_split,
+    read_split,
+    select,
+    stored_digests,
+    subjects_of,
+    training_digests,
+)
 from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.inference.preprocessing import prepared_otherwise, training_scan_metadata
@@ -74,10 +85,9 @@ class VolumeTask:
         if not self.parts["train"]:
             raise ValueError("the training part of the split has no scan that can be used: correct the split")
         if twice := find_leaks(self.store.records, self.split, training_digests(self.parts["train"])):
-            print(
-                f"warning: scans of {counted(len(twice), 'held-out subject')} ({_by_part(twice)}) are trained on, too, "
-                "under another subject: leave one of each out, or read their scores as optimistic"
-            )
+            held_out = f"{counted(len(twice), 'held-out subject')} ({_by_part(twice)})"
+            advice = "leave one of each out, or read their scores as optimistic"
+            print(f"warning: scans of {held_out} are trained on, too, under another subject: {advice}")
         if config["crop"] is None:
             crop = default_crop(Path(str(config["out"])), self.parts["train"])
             config["crop"] = crop
@@ -151,8 +161,8 @@ def open_store(
 
     Args:
         data: `store` or `stores`, `split_file` or `split`, and optionally `labelled`, see the YAML of the commands.
-        run: the run folder; the `split.json` of a run that is resumed holds.
-        usable: ids of the scans of a store that can be used; None: all. Subjects without one are in no part.
+        run: the run folder, whose `split.json` holds if the run is resumed.
+        usable: ids of the scans that can be used; None: all. Subjects without one are in no part.
     """
     if stores := data.get("stores"):
         data["stores"] = [str(Path(str(path)).resolve()) for path in stores]
@@ -216,10 +226,7 @@ def set_model(config: Config, **values: Any) -> None:
 def padding_advice(
     crop: int | Sequence[int], records: Records, takes: Callable[[Sequence[int]], bool] = lambda crop: True
 ) -> str | None:
-    """A line about a crop that is mostly padding, with one that fits the volumes; None for any other crop.
-
-    `takes` says whether the network takes volumes of a size: edges are lengthened until it does.
-    """
+    """A line about a crop that is mostly padding, with one that fits and the network `takes`; None for any other."""
     shapes = np.array([record["shape"][1:] for record in records])
     size = np.broadcast_to(crop, 3)
     padding = 1 - float((np.minimum(shapes, size) / size).prod(axis=1).mean())
@@ -274,10 +281,8 @@ class Initialisation:
             return
         assert self.source is not None
         if not self.description:
-            raise ValueError(
-                f"init={self.init}: pretraining continues from a run of asa-pretrain; asa-finetune takes encoders of "
-                "other packages"
-            )
+            others = "asa-finetune takes encoders of other packages"
+            raise ValueError(f"init={self.init}: pretraining continues from a run of asa-pretrain; {others}")
         before, now = self.description["model"], self.model_config
         shared = before.keys() & now.keys() - {"_target_", "img_size", "checkpointing", *POSITIONS}
         reasons = [differs] if (differs := other_position(before, now)) else []
@@ -303,35 +308,23 @@ class Initialisation:
 
     def print_notes(self) -> None:
         """Print what the scans that the encoder was trained on have to do with those of the run."""
-        print(self.leakage())
-        if note := unfinished(self.init):
-            print(note)
-        if self.otherwise:
-            print(
-                f"note: {self.init} was trained on scans that are otherwise: {', '.join(self.otherwise)}: it is worth "
-                "most on scans prepared like its own"
-            )
-
-    def leakage(self) -> str:
-        """Lines about the held-out subjects that the encoder was pretrained on."""
-        init, lines = self.init, []
+        init, advice = self.init, "pretrain with them held out (data.split_file)"
         if self.seen is None:
-            return (
-                f"{init} does not hold its training subjects: whether held-out subjects are among them is not checked"
-            )
-        if not self.seen:
-            return f"{init} was not trained on any held-out subject"
-        if scans := [one for one in self.seen if one.match == "scan"]:
-            lines.append(
-                f"warning: {init} was trained on scans of {counted(len(scans), 'held-out subject')} ({_by_part(scans)})"
-                ": pretrain with them held out (data.split_file), or read their scores as optimistic"
-            )
-        if names := [one for one in self.seen if one.match == "name"]:
-            lines.append(
-                f"note: {init} was trained on other scans of {len(names)} subjects with names of held-out ones "
-                f"({_by_part(names)}): if they are the same people, pretrain with them held out (data.split_file)"
-            )
-        return "\n".join(lines)
+            unknown = "whether held-out subjects are among them is not checked"
+            print(f"{init} does not hold its training subjects: {unknown}")
+        elif not self.seen:
+            print(f"{init} was not trained on any held-out subject")
+        elif scans := [one for one in self.seen if one.match == "scan"]:
+            held_out = f"{counted(len(scans), 'held-out subject')} ({_by_part(scans)})"
+            print(f"warning: {init} was trained on scans of {held_out}: {advice}, or read their scores as optimistic")
+        if names := [one for one in self.seen or () if one.match == "name"]:
+            held_out = f"{len(names)} subjects with names of held-out ones ({_by_part(names)})"
+            print(f"note: {init} was trained on other scans of {held_out}: if they are the same people, {advice}")
+        if note := unfinished(init):
+            print(note)
+        if otherwise := ", ".join(self.otherwise):
+            worth = "it is worth most on scans prepared like its own"
+            print(f"note: {init} was trained on scans that are otherwise: {otherwise}: {worth}")
 
 
 def _by_part(seen: list[LeakedSubject]) -> str:

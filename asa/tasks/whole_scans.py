@@ -8,7 +8,7 @@ the column with the training scans' mean and SD, and channels and preparation. P
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from asa.evaluation.tables import evaluate_classes, evaluate_numbers
 from asa.inference.segmentation import PredictSettings
 from asa.inference.whole_scans import (
     TABLE,
-    ClassPredictor,
-    NumberPredictor,
+    VolumePredictor,
     class_cells,
     number_cells,
     predict_volumes,
@@ -110,10 +109,10 @@ class WholeScans(VolumeTask, ABC):
     def subjects(self, part: str) -> list[str]:
         return [str(record["subject"]) for record in self.parts[part]]
 
-    def test_rows(self, truth: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Id, subject and true value of the test part's scans, for a table of predictions."""
+    def test_rows(self, text: Callable[[float], str]) -> list[tuple[str, str, str]]:
+        """Id, subject and true value, as text, of the test part's scans, for a table of predictions."""
         ids = [str(record["id"]) for record in self.parts["test"]]
-        return list(zip(ids, self.subjects("test"), truth, strict=True))
+        return list(zip(ids, self.subjects("test"), map(text, self.truth("test").tolist()), strict=True))
 
 
 class Classification(WholeScans):
@@ -130,9 +129,7 @@ class Classification(WholeScans):
 
     def read_values(self) -> tuple[list[str], dict[str, float]]:
         if self.data.classes is None:
-            raise ValueError(
-                "data.classes has to be given with method=classify: a table with subject (or id) and class"
-            )
+            raise ValueError("data.classes has to be given with method=classify: a table of subject (or id) and class")
         class_of = read_column(self.data.classes, "class", self.store.records)
         names = sorted(set(class_of.values()))
         return names, {id: names.index(name) for id, name in class_of.items()}
@@ -153,12 +150,12 @@ class Classification(WholeScans):
         return weighted_cross_entropy(predicted, self.truth("validation"), method.weights.cpu().numpy())
 
     def table(self, predicted: np.ndarray) -> str:
-        rows = self.test_rows([self.target_names[int(value)] for value in self.truth("test")])
+        rows = self.test_rows(lambda value: str(self.target_names[int(value)]))
         return predictions_csv("class", rows, [class_cells(self.target_names, one) for one in predicted])
 
     @staticmethod
     def predict(config: Config) -> None:
-        predict_scans(TablePredictor(ClassPredictor, "a classification", config), config)
+        predict_scans(TablePredictor("classes", "a classification", config), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -182,10 +179,8 @@ class Regression(WholeScans):
         super().__init__(config, "table")
         train = self.truth("train").tolist()
         if len(set(train)) < 2:
-            raise ValueError(
-                f"{self.data.table or self.store.path}: the training scans have {len(set(train))} values of "
-                f"{self.target_names}: a regression needs two or more"
-            )
+            found = f"the training scans have {len(set(train))} values of {self.target_names}"
+            raise ValueError(f"{self.data.table or self.store.path}: {found}: a regression needs two or more")
         self.mean, self.sd = float(np.mean(train)), float(np.std(train))
         self.set_model(mean=self.mean, sd=self.sd)
 
@@ -206,10 +201,8 @@ class Regression(WholeScans):
 
     def begin(self, run: Path) -> None:
         super().begin(run)
-        print(
-            f"regression of {self.target_names} ({self.mean:.4g}, SD {self.sd:.4g}) on "
-            f"{counted(len(self.parts['train']), 'scan')}, in {run}"
-        )
+        scans = counted(len(self.parts["train"]), "scan")
+        print(f"regression of {self.target_names} ({self.mean:.4g}, SD {self.sd:.4g}) on {scans}, in {run}")
 
     def score(self, model: nn.Module, method: Any, part: str) -> tuple[NumberScores, np.ndarray]:
         predicted = predict_volumes(model, self.crops(method, self.parts[part]))
@@ -219,12 +212,12 @@ class Regression(WholeScans):
         return scores.mae / self.sd
 
     def table(self, predicted: np.ndarray) -> str:
-        rows = self.test_rows([repr(value) for value in self.truth("test").tolist()])
+        rows = self.test_rows(repr)
         return predictions_csv(self.target_names, rows, [number_cells(one, self.mean) for one in predicted])
 
     @staticmethod
     def predict(config: Config) -> None:
-        predict_scans(TablePredictor(NumberPredictor, "a regression", config), config)
+        predict_scans(TablePredictor("number", "a regression", config), config)
 
     @staticmethod
     def evaluate(config: Config) -> None:
@@ -235,12 +228,12 @@ class Regression(WholeScans):
 class TablePredictor:
     """Adds what a network predicts for each prepared volume `(C, D, H, W)` to `OUT/predictions.csv`."""
 
-    def __init__(self, kind: type[ClassPredictor] | type[NumberPredictor], result: str, config: Config) -> None:
+    def __init__(self, target: str, result: str, config: Config) -> None:
         self.table, self.source = Path(str(config["out"])) / TABLE, Path(str(config["input"]))
         checkpoint = only_checkpoint(config, result)
         check_own(self.table, "asa-predict", {"id", "subject", PREDICTED})
         settings = typed(PredictSettings, config["predict"])
-        self.network = kind(checkpoint, settings, strip=config["strip"], plugins=config["plugins"])
+        self.network = VolumePredictor(checkpoint, target, settings, strip=config["strip"], plugins=config["plugins"])
         self.preprocessor = self.network.preprocessor
 
     def predict_stored(self, id: str, image: np.ndarray, chain: dict[str, Any], like: Volume) -> dict[str, str]:

@@ -6,9 +6,8 @@
     RUN/best/step-NNNNNNNN/                            the best checkpoint, without a training state (`train.best`)
 
 With `train.ema` the first file holds the averaged weights, which everything but the training itself reads, and the
-second one also holds the weights that training continues with. The description is plain data: "model" (what
-`asa.config.build` takes), "data", "task" (the name of the task that made the checkpoint), and with `train.best` "best"
-(name and value of the metric).
+second one also those that training continues with. The description is plain data: "model" (what `asa.config.build`
+takes), "data", "task" (its name), and with `train.best` "best" (name and value of the metric).
 """
 
 import json
@@ -56,16 +55,13 @@ def save_checkpoint(
     *,
     folder: str = NEWEST,
 ) -> Path:
-    """Write a checkpoint under a temporary name, flush it to the disk, rename it, and delete old ones.
+    """Write a checkpoint under a temporary name, flush it to the disk, rename it, and delete old ones; its folder.
 
     Args:
         run, step, model: the run folder, the steps done, and the network whose weights are saved.
         description: plain data, see the module's docstring.
         training: plain data and tensors to continue with.
         keep: number of checkpoints to keep in the folder: this one and the newest others.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         OSError: it could not be written; earlier checkpoints are unchanged.
@@ -91,12 +87,10 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         of_torch = isinstance(error, RuntimeError) and "enforce fail" in str(error)
         reason = "not all of it, as on a full disk" if of_torch else str(error).strip().splitlines()[0]
-        raise OSError(
-            f"{final}: could not be written ({reason}). The last complete checkpoint is "
-            f"{newest_name(run)}; free disk space and run the same command again"
-        ) from error
-    others = [path for path in list_checkpoints(run, folder) if path != final]
-    for old in others[: max(len(others) - (keep - 1), 0)]:
+        advice = f"The last complete checkpoint is {newest_name(run)}; free disk space and run the same command again"
+        raise OSError(f"{final}: could not be written ({reason}). {advice}") from error
+    newest_first = [path for path in reversed(list_checkpoints(run, folder)) if path != final]
+    for old in newest_first[keep - 1 :]:
         _remove(old)
     return final
 
@@ -123,13 +117,8 @@ def keep_best(
 ) -> bool:
     """Save the weights in the run's `best` folder if they validated better than those there; whether they were saved.
 
-    The best value so far is read from its checkpoint, so a run that is stopped and resumed needs no other record. Of
-    equal values the first is kept, and a non-finite one never is. Raises as `check_best` and `save_checkpoint`.
-
-    Args:
-        run, step, method, description: see `save_checkpoint`.
-        name: of a metric, of which the highest value is best; with a minus sign before it, the lowest.
-        metrics: of this validation.
+    The highest value of the metric `name` is best; with a minus sign before it, the lowest. Of equal values the first
+    is kept, and a non-finite one never is. The best so far is read from its checkpoint, also in a resumed run.
     """
     check_best(name, metrics)
     sign = -1 if name.startswith("-") else 1
@@ -150,8 +139,7 @@ def check_best(name: str, metrics: Collection[str]) -> None:
 
 def read_best(run: Path) -> dict[str, Any] | None:
     """The best checkpoint: "name" and "value" of its metric, its "step" and "file"; None if there is none."""
-    checkpoints = list_checkpoints(run, BEST)
-    if not checkpoints:
+    if not (checkpoints := list_checkpoints(run, BEST)):
         return None
     description = read_description(checkpoints[-1])
     return {**description["best"], "step": description["step"], "file": checkpoints[-1] / WEIGHTS}
@@ -174,8 +162,7 @@ def newest_name(run: Path) -> str:
 def load_newest(run: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
     """The run's newest intact checkpoint with its weights and training state; None if there are no checkpoints.
 
-    Newer ones that are damaged are reported and renamed, so that they are no longer counted; a DamagedCheckpoint if
-    none is intact.
+    Newer, damaged ones are reported and renamed, so that they do not count; a DamagedCheckpoint if none is intact.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(run)):
@@ -213,8 +200,7 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_tensors(file: Path) -> Any:
     """What `torch.save` wrote: plain data and tensors on the CPU, and nothing that could run code.
 
-    A ValueError for a compressed file, or tensors larger than it, which would be allocated when they are used; errors
-    of many types for a damaged file or one with other objects.
+    A ValueError for a compressed file, or tensors larger than it; errors of many types for a damaged one or others.
     """
     if zipfile.is_zipfile(file):  # torch.save does not compress, but torch.load unpacks whatever is compressed
         with zipfile.ZipFile(file) as archive:
@@ -223,7 +209,7 @@ def load_tensors(file: Path) -> Any:
             raise ValueError(f"a compressed archive of {unpacked} bytes: save it with torch.save")
     content = torch.load(file, map_location="cpu", weights_only=True)
     for tensor in tree_leaves(content):
-        if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if isinstance(tensor, Tensor) and tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError("a tensor repeats the values of a smaller one: save it with .contiguous()")
     return content
 
@@ -241,8 +227,7 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (none without `tensors`) and description from a run folder, checkpoint folder or file.
 
-    With `shapes` the weights are on the meta device: their numbers are not read. Weights that were stored in half the
-    precision, to save space, are returned in float32.
+    With `shapes` the weights are on the meta device: their numbers are not read. Those in float16 become float32.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -273,7 +258,13 @@ def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], d
             header = (opened.metadata() or {}).get("asa")
             if header is None:
                 raise ValueError(f"{file}: not a checkpoint of asa: its header has no description of the model")
-            description = _parsed(header, file)
+            try:
+                description = json.loads(header)
+            except ValueError as error:
+                raise DamagedCheckpoint(f"{file}: its description is not JSON ({error})") from error
+            if not isinstance(description, dict):
+                kind = type(description).__name__
+                raise DamagedCheckpoint(f"{file}: its description is a {kind}, not a mapping")
             if description.get("format") != FORMAT:
                 raise ValueError(f"{file}: checkpoint format {description.get('format')}; this version reads {FORMAT}")
             names = list(opened.keys()) if tensors else []
@@ -287,17 +278,6 @@ def _read(file: Path, tensors: bool, shapes: bool) -> tuple[dict[str, Tensor], d
         raise DamagedCheckpoint(f"{file}: not a complete safetensors file ({error})") from error
 
 
-def _parsed(header: str, file: Path) -> dict[str, Any]:
-    """The description in a file's header; a DamagedCheckpoint if it cannot be one."""
-    try:
-        description = json.loads(header)
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{file}: its description is not JSON ({error})") from error
-    if not isinstance(description, dict):
-        raise DamagedCheckpoint(f"{file}: its description is a {type(description).__name__}, not a mapping")
-    return description
-
-
 def read_description(path: str | Path) -> dict[str, Any]:
     """Only the description of a checkpoint; raises the errors of `read_weights`."""
     return read_weights(path, tensors=False)[1]
@@ -309,7 +289,7 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
     Args:
         path: run folder, checkpoint folder or `.safetensors` file; `hf://ORG/NAME[@REVISION]`, on the Hub; or
             `asa://NAME`, in this package.
-        plugins: your own packages that the checkpoint's model may come from. The file itself cannot add any.
+        plugins: your own packages that the checkpoint's model may come from; the file itself cannot add any.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, or one that does not match its model.
@@ -321,10 +301,7 @@ def load_model(path: str | Path, *, plugins: Sequence[str] = ()) -> nn.Module:
 def read_model(
     path: str | Path, *, plugins: Sequence[str] = (), img_size: int | Sequence[int] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network as `load_model` returns it, and the checkpoint's description; see `load_encoder` for `img_size`.
-
-    The description has the "sha256" of the weights file.
-    """
+    """The network of `load_model`, for another `img_size` if given, and the description, with the file's "sha256"."""
     (weights, description), digest = _of_newest(path, lambda file: (_read(file, True, False), sha256_of(file)))
     description["sha256"] = digest
     node = description.get("model")
@@ -342,7 +319,7 @@ def read_model(
 def _check_size(node: Mapping[str, Any], weights: Mapping[str, Tensor], source: str, plugins: Sequence[str]) -> None:
     """Raise a ValueError for more layers, other tensors or larger tables than the file accounts for.
 
-    This is before memory is allocated: a file of 1 kB can describe a network of any size.
+    Before memory is allocated: a file of 1 kB can describe a network of any size.
     """
     for key, value in flatten(node).items():
         numbers = value if isinstance(value, list) else [value]
@@ -358,9 +335,7 @@ def _check_size(node: Mapping[str, Any], weights: Mapping[str, Tensor], source: 
     except Exception as error:  # keywords of wrong types fail in many ways
         raise ValueError(f"{source}: its model cannot be built ({reason_of(error)})") from error
     compare_shapes(model, weights, source)
-    tables = sum(
-        buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if name not in weights
-    )
+    tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in weights)
     if tables > LARGEST_TABLES:
         raise ValueError(f"{source}: its model computes tables of {tables / 2**30:.1f} GiB, which no network needs")
 
@@ -375,12 +350,10 @@ def compare_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str)
     """Raise a ValueError that names `source` and the first tensor that is not the same in a model and in weights."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        here = tuple(own[name].shape) if name in own else "absent"
-        there = tuple(weights[name].shape) if name in weights else "absent"
+        here, there = (tuple(node[name].shape) if name in node else "absent" for node in (own, weights))
         if here != there:
-            raise ValueError(
-                f"{source}: does not match the model: {name} is {there} in the checkpoint and {here} in the model"
-            )
+            differs = f"{name} is {there} in the checkpoint and {here} in the model"
+            raise ValueError(f"{source}: does not match the model: {differs}")
 
 
 def load_encoder(
@@ -389,18 +362,15 @@ def load_encoder(
     """The encoder of a checkpoint's network, with its weights, in evaluation mode.
 
     Args:
-        path: run folder, checkpoint folder or `.safetensors` file, of pretraining or fine-tuning, or another name that
-            `load_model` takes.
+        path, plugins: as for `load_model`.
         img_size: volume size in voxels that it is to take, one number or (D, H, W), with the position encoding of this
             size; None: that of the training.
-        plugins: as for `load_model`.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, a network without an encoder, or a size that it cannot take.
     """
     encoder: Any = getattr(read_model(path, img_size=img_size, plugins=plugins)[0], "encoder", None)
     if not hasattr(encoder, "token_grid"):
-        raise ValueError(
-            f"{path}: this network has no encoder with tokens to read: give a run of asa-pretrain or of segmentation"
-        )
+        advice = "give a run of asa-pretrain or of segmentation"
+        raise ValueError(f"{path}: this network has no encoder with tokens to read: {advice}")
     return encoder

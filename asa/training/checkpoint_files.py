@@ -1,10 +1,9 @@
 """Where the files of a checkpoint are: in a run, in a folder of its own, or on the Hub. Without torch.
 
 `hf://ORG/NAME[@REVISION]` on the Hugging Face Hub is a folder of the local cache; `asa://NAME` is one that this package
-brings. Only named files are fetched, and asa names weights and digests: nothing else of a repository is read, so that
-nothing in it can run code. They are placed where the library of the Hub would place them, so that both read one cache,
-but fetched here: the library takes names of files from what a server answers, and a server can answer with any path.
-https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+brings. Only weights and digests are fetched, so that nothing in a repository can run code. They are placed where the
+library of the Hub would place them (https://huggingface.co/docs/huggingface_hub/guides/manage-cache), but fetched here:
+the library takes names of files from what a server answers, and a server can answer with any path.
 """
 
 import functools
@@ -44,17 +43,15 @@ def is_shipped(path: str | Path) -> bool:
 def find_weights(path: str | Path) -> Path:
     """The weights file of a path: the file itself, that of a checkpoint folder, or the newest of a run or of RUN/best.
 
-    One of `hf://ORG/NAME[@REVISION]` is fetched to the local cache, with its digests, which have to be there, see
-    `fetch`; `asa://NAME` is one that this package brings. A FileNotFoundError if there is none, or one in each fold.
+    Those of the Hub are fetched, with their digests, see `fetch`. A FileNotFoundError for none, or one in each fold.
     """
     if on_hub(path):
         return fetch(str(path), WEIGHTS, DIGESTS) / WEIGHTS
     if is_shipped(path):
         name = str(path).removeprefix("asa:").lstrip("/")
         if name not in shipped():
-            raise FileNotFoundError(
-                f"{path}: not in this package; it has {', '.join(SHIPPED_PREFIX + one for one in shipped())}"
-            )
+            offered = ", ".join(SHIPPED_PREFIX + one for one in shipped())
+            raise FileNotFoundError(f"{path}: not in this package; it has {offered}")
         return SHIPPED / name / WEIGHTS
     path = Path(path).expanduser()
     if path.is_file():
@@ -64,15 +61,11 @@ def find_weights(path: str | Path) -> Path:
     if found := list_checkpoints(path) or list_checkpoints(path, "."):
         return found[-1] / WEIGHTS
     found = [fold for fold in path.glob("fold*") if list_checkpoints(fold)]
-    if folds := sorted(map(str, found), key=lambda fold: (len(fold), fold)):
-        raise FileNotFoundError(
-            f"{path}: a cross-validation, with a network in each fold: give asa-predict "
-            f"checkpoint=[{','.join(folds)}], and other commands one of them"
-        )
-    raise FileNotFoundError(
-        f"{path}: no checkpoint here; give a run folder (or its best/, which exists with train.best), a checkpoint "
-        "folder or a .safetensors file"
-    )
+    if folds := ",".join(sorted(map(str, found), key=lambda fold: (len(fold), fold))):
+        advice = f"give asa-predict checkpoint=[{folds}], and other commands one of them"
+        raise FileNotFoundError(f"{path}: a cross-validation, with a network in each fold: {advice}")
+    advice = "a run folder (or its best/, which exists with train.best), a checkpoint folder or a .safetensors file"
+    raise FileNotFoundError(f"{path}: no checkpoint here; give {advice}")
 
 
 def on_hub(path: str | Path) -> bool:
@@ -84,13 +77,9 @@ def on_hub(path: str | Path) -> bool:
 def fetch(reference: str, *files: str) -> Path:
     """The folder of the cache that holds files of a repository, which are fetched unless they are there.
 
-    A process fetches a reference once, so that everything it reads is of one revision.
-
-    Raises:
-        ImportError: the extra `hub` is not installed.
-        ValueError: not a reference, a repository without one of the files, or a server that is not the Hub.
-        FileNotFoundError: no such repository or revision; or neither the Hub nor a copy in the cache can be reached.
-        OSError: another failure of the download.
+    A process fetches a reference once, so that everything it reads is of one revision. A ValueError for what is no
+    reference, a repository without one of the files, or a server that is not the Hub; a FileNotFoundError if neither
+    the Hub nor a copy in the cache has it; an OSError for another failure.
     """
     match = _REFERENCE.fullmatch(reference)
     if match is None:
@@ -103,9 +92,8 @@ def fetch(reference: str, *files: str) -> Path:
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{reference}: the model has no revision {revision}") from None
     except errors.RepositoryNotFoundError:  # the Hub answers the same about private ones
-        raise FileNotFoundError(
-            f"{reference}: no such model on the Hub, or a private or gated one: check the name, or run hf auth login"
-        ) from None
+        absent = "no such model on the Hub, or a private or gated one: check the name, or run hf auth login"
+        raise FileNotFoundError(f"{reference}: {absent}") from None
     except Exception as error:  # of the HTTP library, which is not the same in all versions
         cached = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in files]
         if not all(isinstance(path, str) for path in cached):
@@ -141,7 +129,6 @@ def _unreachable(hub: Any, reference: str, repository: str, error: BaseException
     cached = sorted(name for repo in repos for one in repo.revisions for name in (*one.refs, one.commit_hash))
     held = f"holds only the revisions {', '.join(cached)}" if cached else "does not hold it"
     connect = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
-    return (
-        f"{reference}: {why}, and the cache {cache} {held}: {connect}, or run hf download {repository} on another "
-        "machine and give the path of that folder, or set HF_HOME to a cache that has it"
-    )
+    elsewhere = f"run hf download {repository} on another machine and give the path of that folder"
+    advice = f"{connect}, or {elsewhere}, or set HF_HOME to a cache that has it"
+    return f"{reference}: {why}, and the cache {cache} {held}: {advice}"

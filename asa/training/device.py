@@ -38,7 +38,6 @@ class Backend:
 
     @property
     def precision(self) -> str:
-        """The precision setting that stands for `dtype`."""
         return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -54,9 +53,8 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device={name}: not a device; use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device={name}, but torch {torch.__version__} sees no GPU: use device=cpu or install a CUDA build"
-        )
+        advice = "use device=cpu or install a CUDA build"
+        raise ValueError(f"device={name}, but torch {torch.__version__} sees no GPU: {advice}")
     if device.type != "cuda" or world_size() == 1:
         return device
     if device.index is not None:
@@ -112,11 +110,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        operation = str(error).split()[0]
-        raise ValueError(
-            f"train.deterministic=true: {operation} has no deterministic kernel on this device: train with false, or "
-            "another network"
-        ) from error
+        lacking = f"{str(error).split()[0]} has no deterministic kernel on this device"
+        raise ValueError(f"train.deterministic=true: {lacking}: train with false, or another network") from error
     finally:
         torch.use_deterministic_algorithms(before)
         torch.backends.cudnn.benchmark = benchmark
@@ -144,15 +139,11 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory, for the whole process.
+    """Make glibc keep freed memory, for the whole process; whether it does, on Linux only.
 
-    By default glibc returns every large block to the system. Each tensor of a training step then lies in fresh pages,
-    which the system maps and zeroes at first access; this takes a tenth of a step on a CPU. Returns whether the setting
-    was accepted: on Linux with glibc only; nothing happens elsewhere.
+    By default it returns every large block to the system. Each tensor of a training step then lies in fresh pages,
+    which the system maps and zeroes at first access; this takes a tenth of a step on a CPU.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return all(mallopt(*option) == 1 for option in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, HEAP_GROWTH)))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    options = ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, HEAP_GROWTH))
+    return mallopt is not None and all(mallopt(*option) == 1 for option in options)

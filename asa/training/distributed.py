@@ -1,8 +1,6 @@
 """Ranks: the processes that torchrun starts, and the communication between them.
 
-No other module of the training uses `torch.distributed`. In a single process every function here is the identity, so
-the training loop reads the same for one process and for many. Rank, world size and local rank come from torchrun's
-environment, which `asa.training.process` reads.
+In a single process every function here is the identity, so the training loop reads the same for one and for many.
 """
 
 import faulthandler
@@ -56,11 +54,10 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
 
 
 def _fresh_store(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """A part of the launcher's store that only the present processes use.
+    """A part of the launcher's store that only the present processes use; a TimeoutError if a rank is missing.
 
-    torchrun keeps its store when it restarts processes (torch 2.13), and they would read the addresses that the
-    previous processes left there. So the main rank opens a part under a new name, and every other rank announces itself
-    until it finds a part that lists it; a TimeoutError if a rank is missing.
+    torchrun keeps its store when it restarts processes (torch 2.13), with the addresses of the previous ones. So the
+    main rank opens a part under a new name, and every other rank announces itself until it finds one that lists it.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank == 0:
@@ -88,25 +85,20 @@ def on_main(function: Callable[[], T]) -> T:
     """The result, plain data, of a function that only the main rank calls; if it raises, a MainRankFailed elsewhere."""
     if world_size() == 1:
         return function()
-    outcome: list[Any] = [None]
-    if is_main():
-        try:
-            outcome = [("value", function())]
-        except BaseException:
-            dist.broadcast_object_list([("error", None)], src=0)
-            raise
-    dist.broadcast_object_list(outcome, src=0)
-    kind, value = outcome[0]
-    if kind == "error":
+    outcome: list[Any] = [(False, None)]
+    try:
+        if is_main():
+            outcome = [(True, function())]
+    finally:
+        dist.broadcast_object_list(outcome, src=0)
+    done, value = outcome[0]
+    if not done:
         raise MainRankFailed("the main process failed")
     return value
 
 
 def any_rank(*flags: bool) -> Callable[[], tuple[bool, ...]]:
-    """Start asking whether each flag is set on any rank; the returned function waits for the answers.
-
-    The ranks communicate on the CPU, so that nothing waits for a GPU.
-    """
+    """Start asking, on the CPU, whether each flag is set on any rank; the returned function waits for the answers."""
     if world_size() == 1:
         return lambda: flags
     votes = torch.tensor(flags, dtype=torch.uint8)

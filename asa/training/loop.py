@@ -28,11 +28,10 @@ from asa.training.checkpoint import (
     save_checkpoint,
 )
 from asa.training.device import Backend, deterministic, keep_freed_memory, on_device, random_state, set_random_state
-from asa.training.nonfinite import NonFiniteGuard, RunningStatistics
 from asa.training.optim import EMA, Schedule, freeze, make_optimizer, set_learning_rate, set_training, unfreeze
 from asa.training.process import StopNow, Stopped, stop_signals
-from asa.training.run_log import Meter, RunLog, SilentLog
-from asa.training.trackers import check_trackers
+from asa.training.run_log import RunLog, SilentLog, check_trackers
+from asa.training.steps import Meter, NonFiniteGuard, RunningStatistics
 
 SAVE_MINUTES = 20  # between checkpoints, if that comes before `train.save_every`
 # Metrics and pictures, both by name; a picture is (H, W, 3) uint8.
@@ -76,7 +75,7 @@ def train(
 
     Raises:
         ValueError: settings that do not fit each other or this machine.
-        FloatingPointError: the loss or the gradient was not finite in too many steps in a row.
+        FloatingPointError: a loss or gradient that was not finite in too many steps in a row.
         Stopped: by SIGTERM or SIGUSR1, after saving.
     """
     check_settings(settings, optim)
@@ -112,9 +111,8 @@ def train(
     if step:
         log.message(f"continuing from step {step} of {settings.steps}")
     if before.get("steps", settings.steps) != settings.steps and optim.schedule != "constant":
-        log.message(
-            f"warning: the learning-rate schedule was made for {before['steps']} steps and is now for {settings.steps}"
-        )
+        changed = f"was made for {before['steps']} steps and is now for {settings.steps}"
+        log.message(f"warning: the learning-rate schedule {changed}")
     guard = NonFiniteGuard(run, log, optimizer, fp16=fp16)
     guard.load_state_dict(before.get("guard", guard.state_dict()))
     statistics = RunningStatistics(method)
@@ -122,18 +120,10 @@ def train(
     ddp = spread(method, device)
 
     # --- data
-    batches = iter(
-        make_loader(
-            dataset,
-            settings.batch_size,
-            loader,
-            micro_batches=settings.accumulate,
-            start_step=step,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            pin_memory=device.type == "cuda",
-        )
-    )
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    micro, pinned = settings.accumulate, device.type == "cuda"
+    options: dict[str, Any] = {"micro_batches": micro, "start_step": step, "pin_memory": pinned, **ranks}
+    batches = iter(make_loader(dataset, settings.batch_size, loader, **options))
     if before:
         set_random_state(before, device)  # after the loader was made, which draws a number
     meter = Meter(settings.batch_size, settings.accumulate)
@@ -157,10 +147,7 @@ def train(
 
     @contextmanager
     def stopped_at_once(weights: AbstractContextManager[None] | None = None) -> Iterator[None]:
-        """Micro-batches or a validation, which a stop signal ends; they are done again when the run continues.
-
-        Several processes stop together, after a step. No signal interrupts a change of the `weights`, and its undoing.
-        """
+        """What a stop signal ends, but for a change of the `weights`; several processes stop together, after a step."""
         random = random_state(device)
         try:
             with weights or nullcontext(), stop.at_once() if alone else nullcontext():
@@ -195,16 +182,13 @@ def train(
         return metrics
 
     def out_of_patience() -> bool:
-        if not settings.patience:
-            return False
-
         def validations_since_best() -> int:
             best = read_best(run)
             if best is None or best["name"] != settings.best:
                 return 0
             return sum(done > best["step"] for done in log.steps("validation"))
 
-        return distributed.on_main(validations_since_best) >= settings.patience
+        return settings.patience > 0 and distributed.on_main(validations_since_best) >= settings.patience
 
     # --- loop
     last: dict[str, float] = {}
@@ -307,10 +291,8 @@ def _check_same_data(run: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
     shared = before.keys() & now.keys() - {"overlap"}
     if differing := sorted(key for key in shared if text(before[key]) != text(now[key])):
-        raise ValueError(
-            f"{run} was trained on other data ({', '.join(differing)} differ): give the store that it was trained on, "
-            "which may have moved, or choose another out="
-        )
+        advice = "give the store that it was trained on, which may have moved, or choose another out="
+        raise ValueError(f"{run} was trained on other data ({', '.join(differing)} differ): {advice}")
 
 
 def resume(

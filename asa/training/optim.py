@@ -28,10 +28,8 @@ class Schedule:
         if warmup >= total and warmup:
             raise ValueError(f"optim.warmup={settings.warmup:g} must be shorter than the run of {total} steps")
         if settings.freeze_until and settings.freeze_until + warmup >= total:
-            raise ValueError(
-                f"optim.freeze_until={settings.freeze_until} and the warm-up of {warmup} steps after it must "
-                f"be shorter than the run of {total} steps"
-            )
+            both = f"optim.freeze_until={settings.freeze_until} and the warm-up of {warmup} steps after it"
+            raise ValueError(f"{both} must be shorter than the run of {total} steps")
         self.settings, self.total, self.warmup = settings, total, warmup
         self.peak = settings.lr * (batch_size / settings.reference_batch if settings.reference_batch else 1.0)
 
@@ -52,12 +50,9 @@ class Schedule:
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Exclude parts of a network from training: their gradients, and what these would need, are not computed.
+    """Exclude parts of a network from training: no gradients are computed for them, and no optimizer changes them.
 
-    Parameters that are in an optimizer already are not changed by it, as they get no gradient.
-
-    Raises:
-        ValueError: a dotted name in `parts` that the network does not have, or no parameter left to train.
+    A ValueError for a dotted name in `parts` that the network does not have, or if no parameter is left to train.
     """
     for part in parts:
         found = _weights_in(model, part)
@@ -109,11 +104,8 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
                 for name, _ in module.named_parameters()
             }
     if not scales and (settings.encoder_lr != 1 or settings.layer_decay != 1):
-        warnings.warn(
-            "optim.encoder_lr and optim.layer_decay have no effect: the layers of this network's encoder have no order "
-            "that is known here",
-            stacklevel=2,
-        )
+        why = "the layers of this network's encoder have no order that is known here"
+        warnings.warn(f"optim.encoder_lr and optim.layer_decay have no effect: {why}", stacklevel=2)
     # Both groups of scale 1 are always there, so that the optimizer states of all checkpoints have the same layout.
     members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
@@ -127,9 +119,8 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
     if settings.name == "adamw":
         low, high = settings.betas
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(low, high), fused=True)
-    return torch.optim.SGD(
-        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, fused=True
-    )
+    momentum = settings.momentum
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -139,10 +130,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class EMA:
-    """The exponential moving average of a method's parameters. Buffers are not averaged.
+    """The exponential moving average of a method's parameters, not of its buffers; none with a decay of 0.
 
-    A decay of 0 keeps no average, and the weights themselves are used. The effective decay rises from (1 + step) /
-    (10 + step), so that the average of a short run is not dominated by its initial weights.
+    The effective decay rises from (1 + step) / (10 + step), so that initial weights do not dominate a short run.
     """
 
     def __init__(self, method: nn.Module, decay: float) -> None:

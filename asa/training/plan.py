@@ -1,14 +1,15 @@
-"""The cost of a run before it is started: parameters, operations, memory and time.
+"""The cost of a run before it is started: parameters, operations, memory and time; and whether its GPU can do it.
 
 Operations are those of matrix products and convolutions. A step is traced with tensors that have a shape and no data
 (PyTorch's fake tensors), so they are counted in seconds whatever the model's size. Memory is that of the weights and
-what belongs to them; the activations come on top, and are measured on a GPU (`asa.training.gpu_check.step_peak`).
+what belongs to them; the activations come on top, and are measured on a GPU (`step_peak`).
 
 An example of a micro-batch is made by a function of the method, like `volume_batch`. Its floating-point values are not
 used, so these tensors may be on the meta device. Integers and booleans that decide shapes, like "seed" and the label
 maps of region attention, need their values.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,20 +24,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from asa.settings import OptimSettings, TrainSettings
-from asa.training.device import Backend, pick_device
+from asa.training.device import Backend, on_device, pick_device
 from asa.training.distributed import world_size
-from asa.training.gpu_check import GIB, fit_line, step_peak
-from asa.training.optim import Schedule, freeze
+from asa.training.optim import EMA, Schedule, freeze, make_optimizer
 
 Example: TypeAlias = Callable[[Any], Mapping[str, Any]]
 
+GIB = 2**30
+VOLTA = (7, 0)
+FOR_VOLTA = "torch 2.8 built for CUDA 12.6 (pytorch.org/get-started/previous-versions)"
+USABLE = 0.9  # fraction of a GPU's free memory that a step may take; the allocator needs some
+
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations in its context.
-
-    Operations on tensors without data are not computed. Others are, as they decide shapes: for example the indices of
-    masked patches.
-    """
+    """Counts the operations in its context; computed are those on tensors with data, which decide shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,10 +71,7 @@ def _without_data(tree: Any) -> bool:
 
 
 def count_operations(method: nn.Module, batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Operations of a micro-batch: of its forward pass, and of its forward and backward passes.
-
-    The method is on the meta device, and its parameters are replaced.
-    """
+    """Operations of a micro-batch: of its forward pass, and of both passes; of a method on the meta device."""
     counter, fake = OperationCounter(), FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         method.to_empty(device="cpu")
@@ -118,10 +116,7 @@ class Plan:
 
 
 def volume_batch(method: Any, count: int, *, label: bool = False, target: bool = False) -> dict[str, Tensor]:
-    """A micro-batch of `count` volumes on the meta device, of the channels and size of the method's encoder.
-
-    With `label` it has a label map "label", with `target` a class index "target".
-    """
+    """A micro-batch of `count` volumes on the meta device, of the channels and size of the method's encoder."""
     encoder = method.model.encoder
     image = torch.empty(count, encoder.in_channels, *encoder.img_size, device="meta")
     batch = {"image": image, "seed": torch.arange(count)}
@@ -142,10 +137,9 @@ def micro_batch(settings: TrainSettings) -> int:
 def make_plan(
     make: Callable[[], nn.Module], example: Example, *, settings: TrainSettings, optim: OptimSettings
 ) -> Plan:
-    """Compute the cost of a run in one process without running it.
+    """The cost of a run in one process; a ValueError for settings that do not fit each other.
 
-    `make` makes the method, and `example` a micro-batch of it, see the module's docstring. A ValueError for settings
-    that do not fit each other.
+    `make` makes the method, and `example` a micro-batch of it, see the module's docstring.
     """
     Schedule(optim, settings.steps, settings.batch_size)
     with torch.device("meta"):
@@ -153,8 +147,7 @@ def make_plan(
     if not optim.freeze_until:
         freeze(method.model, optim.freeze)
     forward, both = count_operations(method, example(method))
-    encoder = getattr(method.model, "encoder", None)
-    total = _count(method)
+    encoder, total = getattr(method.model, "encoder", None), _count(method)
     gradients = 4 * sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
     return Plan(
         encoder=_count(encoder) if isinstance(encoder, nn.Module) else 0,
@@ -187,10 +180,9 @@ def show_plan(
     plan = make_plan(make, example, settings=settings, optim=optim)
     for_gpu = settings.precision == "fp16" and pick_device("auto").type == "cpu"
     backend = Backend.of("auto", "fp32" if for_gpu else settings.precision)
+    memory = "and the batch and activations, which are measured where there is a GPU"
     if backend.device.type == "cuda":
         memory = fit_line(step_peak(make, example, settings, optim, backend), backend.device)
-    else:
-        memory = "and the batch and activations, which are measured where there is a GPU"
     if rate is not None:
         return plan_report(plan, settings, scans, rate * 1e12, "as given by plan_rate", memory, names)
     products = f"{backend.precision} matrix products ({backend.device.type})"
@@ -226,10 +218,7 @@ def plan_report(
     memory: str,
     names: tuple[str, str] = ("volumes", "scans"),
 ) -> str:
-    """A plan as text of about ten lines.
-
-    `rate` is in operations per second, from `source`; `memory` is what is known beside that of the weights.
-    """
+    """A plan as text; `rate` in operations per second, from `source`; `memory`: beside that of the weights."""
     volumes, seconds = settings.steps * settings.batch_size, plan.step / rate
     parts = f"{settings.accumulate} micro-batches" if settings.accumulate > 1 else "one micro-batch"
     halves = f"encoder {plan.encoder / 1e6:.2f} M, decoder {(plan.total - plan.encoder) / 1e6:.2f} M, "
@@ -257,3 +246,91 @@ def _duration(seconds: float) -> str:
     units = (("days", 86400), ("h", 3600), ("min", 60))
     name, length = next(((name, length) for name, length in units if seconds > length), ("s", 1))
     return f"{seconds / length:.3g} {name}"
+
+
+# --- on a GPU
+
+
+def preflight(
+    make: Callable[[], nn.Module], example: Example, settings: TrainSettings, optim: OptimSettings, backend: Backend
+) -> list[str]:
+    """Lines about the GPU of a run, if it uses one: advice, and the memory of a step compared with the free memory.
+
+    A ValueError if this PyTorch does not support the GPU.
+    """
+    if backend.device.type != "cuda":
+        return []
+    advice = check_gpu(backend.device)  # before the step, which needs kernels
+    return [*advice, fit_line(step_peak(make, example, settings, optim, backend), backend.device)]
+
+
+def step_peak(
+    make: Callable[[], Any], example: Example, settings: TrainSettings, optim: OptimSettings, backend: Backend
+) -> int | None:
+    """Bytes that tensors take on a GPU at the peak of a training step, measured in two steps; None: they do not fit."""
+    try:
+        method = make()
+        if not optim.freeze_until:
+            freeze(method.model, optim.freeze)
+        tensors = {key: value for key, value in example(method).items() if isinstance(value, Tensor)}
+        filled = {name: torch.zeros_like(one, device="cpu") if one.is_meta else one for name, one in tensors.items()}
+        batch = on_device(filled, backend.device)
+        method.to(backend.device)
+        optimizer, average = make_optimizer(method, optim), EMA(method, settings.ema)
+        torch.cuda.reset_peak_memory_stats(backend.device)
+        for step in (1, 2):  # the first one makes the optimizer's states
+            for _ in range(min(settings.accumulate, 2)):
+                with backend.autocast():
+                    loss = method(batch)["loss"]
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(step)
+        return torch.cuda.max_memory_allocated(backend.device)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def check_gpu(device: torch.device) -> list[str]:
+    """Lines of advice on a GPU and this PyTorch, usually none; a ValueError if it has no kernels for this GPU."""
+    if device.type != "cuda":
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    name, built = torch.cuda.get_device_name(device), torch.cuda.get_arch_list()
+    own = "sm_{}{}".format(*capability)
+    if not any(_runs(architecture, capability) for architecture in built):
+        advice = FOR_VOLTA if capability <= VOLTA else "a newer build of torch, see pytorch.org/get-started"
+        built_for = f"torch {torch.__version__} is built for {', '.join(built) or 'no GPU'}"
+        raise ValueError(f"{name} is {own}, and {built_for}: install {advice}, or set train.device=cpu")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if capability == VOLTA and version > (2, 8):
+        return [
+            f"note: {name} is {own}: from torch 2.9 on (here {torch.__version__}) fp16 3-D convolutions may run "
+            f"without cuDNN on it, which is slow: {FOR_VOLTA}"
+        ]
+    return []
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture (like "sm_80", "sm_90a", "compute_90") runs on a GPU of this capability."""
+    if (found := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)) is None:
+        return False
+    kind, suffix, built = found[1], found[4], (int(found[2]), int(found[3]))
+    if suffix == "a":
+        return built == capability
+    # The driver compiles "compute" for any newer GPU.
+    return built <= capability and ((kind == "compute" and not suffix) or built[0] == capability[0])
+
+
+def fit_line(needed: int | None, device: torch.device) -> str:
+    """A line that compares the bytes that a step needs at its peak, None if they do not fit, with a GPU's free ones."""
+    torch.cuda.empty_cache()  # of what the measurement has left
+    free, total = torch.cuda.mem_get_info(device)
+    takes = "does not fit" if needed is None else f"takes {needed / GIB:.1f} GiB"
+    name = torch.cuda.get_device_name(device)
+    line = f"memory: a step {takes}, {free / GIB:.1f} of {total / GIB:.1f} GiB are free on {name}"
+    if needed is not None and needed <= USABLE * free:
+        return line
+    return f"warning: {line}: raise train.accumulate, set model.checkpointing=true, or take a smaller crop"

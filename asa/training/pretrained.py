@@ -25,7 +25,7 @@ def read_source(path: str | Path, *, shapes: bool = False) -> tuple[Source, dict
     Args:
         path: see `read_weights`; or a `.pt`, `.pth`, `.ckpt` or `.bin` file of nnssl, or with a MONAI ViT, ViTAutoEnc
             or UNETR, from which only plain data and tensors are loaded.
-        shapes: of a checkpoint of this package read only the tensors' shapes: they are on the meta device.
+        shapes: see `read_weights`.
     """
     file = find_weights(path)
     if file.suffix in TORCH_FILES:
@@ -55,8 +55,7 @@ def load_pretrained(
 ) -> str:
     """Load pretrained weights into a network's encoder, or with `explain` only report what would happen to each tensor.
 
-    A hierarchical encoder (a Swin, which has `levels`) is loaded together with its cross-attention, and has no report
-    of single tensors: `explain` makes no difference.
+    A hierarchical encoder (a Swin, which has `levels`) is loaded with its cross-attention, also with `explain`.
 
     Args:
         init, source, description: its name for messages, and what `read_source` returned.
@@ -67,18 +66,14 @@ def load_pretrained(
         `explain`) one that differs.
     """
     if not hasattr(model.encoder, "state_dict"):  # nothing to load into
-        raise ValueError(
-            f"init={init}: this model is trained from scratch: leave init out, or choose model=unet_..., resenc_... or "
-            "primus_..."
-        )
+        advice = "leave init out, or choose model=unet_..., resenc_... or primus_..."
+        raise ValueError(f"init={init}: this model is trained from scratch: {advice}")
     swin = hasattr(model.encoder, "levels")
     was_swin = isinstance(description.get("model", {}).get("position"), bool)  # of ASA a kind of encoding is named
     if description and was_swin != swin:
         kinds = ("ASA's", "SA-Swin's") if swin else ("SA-Swin's", "another")
-        raise ValueError(
-            f"init={init}: is {kinds[0]} encoder, and this network has {kinds[1]}: leave model= and experiment= out, "
-            "and the network follows the encoder"
-        )
+        advice = "leave model= and experiment= out, and the network follows the encoder"
+        raise ValueError(f"init={init}: is {kinds[0]} encoder, and this network has {kinds[1]}: {advice}")
     if swin:
         return _load_swin(init, source, description, model, model_config)
     note, differs = "", None
@@ -140,10 +135,8 @@ def _content(file: Path) -> dict[str, Any]:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"damaged, or contains more than tensors, which could run code ({type(error).__name__}): "
-            "save only its state_dict()"
-        ) from None
+        found = f"damaged, or contains more than tensors, which could run code ({type(error).__name__})"
+        raise ValueError(f"{found}: save only its state_dict()") from None
     return content if isinstance(content, dict) else {}
 
 

@@ -40,8 +40,7 @@ def is_main() -> bool:
 def exit_process(code: int) -> None:
     """End this process immediately with an exit code, if it is one of several; otherwise do nothing.
 
-    torch 2.13 keeps gloo threads running until the interpreter ends, and these occasionally abort it at that point: a
-    finished run would look like a crashed one.
+    The gloo threads of torch 2.13 occasionally abort an interpreter that ends: a finished run would look crashed.
     """
     if world_size() > 1:
         gc.collect()  # ends the loader's workers

@@ -41,13 +41,10 @@ def run_backend(run: Path, settings: TrainSettings) -> Backend:
 def open_run(
     config: Mapping[str, Any], split: Mapping[str, Sequence[str]], settings: TrainSettings, backend: Backend
 ) -> Iterator[Path]:
-    """Join the job's other processes, and create and lock their run folder.
+    """Join the job's other processes, and create and lock their run folder, `out`, with configuration and split.
 
-    The folder, `out` of the configuration, holds this and the split. A run with the same configuration is resumed, and
-    in the same precision, that of `backend`.
-
-    Raises:
-        ValueError: the folder holds another run or other files, or is in use.
+    A run with the same configuration is resumed, in the same precision. A ValueError for a folder with another run or
+    other files, or in use.
     """
     run = Path(str(config["out"]))
     config = {**config, "train": {**config["train"], "precision": backend.precision}}
@@ -77,8 +74,7 @@ def _check_folder(run: Path) -> None:
 
 def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     """Raise a ValueError if the folder's run was made with other settings."""
-    started = _config_of_started(run)
-    if not started:
+    if not (started := _config_of_started(run)):
         return
     try:
         steps = int(flatten(started).get("train.steps", 0))
@@ -89,14 +85,11 @@ def _check_config(run: Path, config: Mapping[str, Any]) -> None:
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
         if before.get(key) != now.get(key) and not free:
-            raise ValueError(
-                f"{run} holds a run with other settings ({key} was {before.get(key)}, is {now.get(key)}): "
-                "choose another out="
-            )
+            other = f"{key} was {before.get(key)}, is {now.get(key)}"
+            raise ValueError(f"{run} holds a run with other settings ({other}): choose another out=")
     if (done := _steps_done(run)) > (asked := now.get("train.steps", done)):
-        raise ValueError(
-            f"{run} has {done} steps, and train.steps={asked}: give {done} or more to go on, or choose another out="
-        )
+        advice = f"give {done} or more to go on, or choose another out="
+        raise ValueError(f"{run} has {done} steps, and train.steps={asked}: {advice}")
 
 
 def unfinished(run: str | Path) -> str:

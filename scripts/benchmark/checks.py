@@ -17,7 +17,7 @@ from asa.cli import COMMANDS
 from asa.models.sw_vit import fused_attention, written_attention
 from asa.restoration.regions import find_varlen, region_attention, region_index, runs_varlen
 from asa.training.device import PRECISIONS
-from scripts.benchmark.clock import synchronise
+from scripts.benchmark.clock import seconds_of, synchronise
 from scripts.benchmark.plan import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,14 +97,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def seconds(call: Attention, inputs: Tensor, device: torch.device, calls: int = 10) -> float:
     """Seconds of a forward and backward pass, the shortest of a few."""
-    taken = []
-    for _ in range(calls):
-        synchronise(device)
-        start = time.perf_counter()
-        value_and_gradient(call, inputs)
-        synchronise(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min(seconds_of(lambda: value_and_gradient(call, inputs), device) for _ in range(calls))
 
 
 def collectives(spec: Spec, device: torch.device) -> dict[str, Any]:

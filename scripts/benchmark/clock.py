@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,9 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
         also "operations" of a call, and their ratio to the equivalent, "fraction" (median) and "fraction_best".
     """
     warm_up = work.warm_up or work.call
-    first = _seconds(warm_up, device)
+    first = seconds_of(warm_up, device)
     if first < SECOND:
-        first = _seconds(warm_up, device)
+        first = seconds_of(warm_up, device)
     calls = work.calls or max(1, min(int(SHORTEST / first), 100))
     before = rates() if rates else {}
     measured = [before]
@@ -88,7 +88,7 @@ def time_work(work: Work, device: torch.device, repeats: int, rates: Rates | Non
         elif calls > 1:
             work.call()  # the first call after a pause is slower
         waited = work.waited() if work.waited else 0.0
-        seconds.append(_seconds(work.call, device, calls) / calls)
+        seconds.append(seconds_of(work.call, device, calls) / calls)
         if work.waited:
             waits.append(work.waited() - waited)
         if rates:
@@ -136,13 +136,32 @@ def alternating_seconds(calls: Sequence[Callable[[], object]], device: torch.dev
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 2):
         for call, taken in zip(calls, seconds, strict=True):
-            one = _seconds(call, device)
+            one = seconds_of(call, device)
             if repeat > 1:
                 taken.append(one)
     return seconds
 
 
-def _seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+def step_seconds(
+    trained: Mapping[str, tuple[Callable[..., Any], torch.optim.Optimizer, Mapping[str, Any]]], repeats: int
+) -> dict[str, float]:
+    """Median CPU seconds of the steps of methods with their optimizers and batches, taken in turn.
+
+    The first step of each, which also allocates, is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in trained}
+    for _ in range(repeats + 1):
+        for name, (method, optimizer, batch) in trained.items():
+            started = time.process_time()
+            method(batch)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times[name].append(time.process_time() - started)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of some calls together."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):

@@ -7,7 +7,6 @@ in another process, so that its matrices and buffers do not count towards the me
 import json
 import subprocess
 import sys
-import time
 from types import TracebackType
 from typing import Any
 
@@ -54,7 +53,7 @@ def serve(spec: dict[str, Any]) -> None:
     """Answer each line of the input with the rates, one JSON object per line, until the input ends."""
     import torch
 
-    from scripts.benchmark.clock import synchronise
+    from scripts.benchmark.clock import seconds_of
 
     torch.set_num_threads(spec["threads"])
     device, n = torch.device(spec["device"]), spec["matrix"]
@@ -66,12 +65,7 @@ def serve(spec: dict[str, Any]) -> None:
 
     def seconds(name: str, products: int) -> float:
         a, b, out = matrices[name]
-        synchronise(device)
-        start = time.perf_counter()
-        for _ in range(products):
-            torch.mm(a, b, out=out)
-        synchronise(device)
-        return time.perf_counter() - start
+        return seconds_of(lambda: torch.mm(a, b, out=out), device, products)
 
     products = {name: min(max(round(SECONDS / seconds(name, 1)), 1), 1000) for name in matrices}
     for _ in sys.stdin:

@@ -5,18 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 PARTS = (
-    "pretrain",
-    "fast",
-    "finetune",
-    "importance",
-    "loader",
-    "fed",
-    "window",
-    "growth",
-    "regions",
-    "digests",
-    "scale",
-)
+    "pretrain", "fast", "finetune", "importance", "loader", "fed", "window", "growth", "regions", "digests", "scale",
+)  # fmt: skip
 SCALES = (1_000, 10_000, 100_000)
 # By what they do with a store, see `scale.py`.
 OPERATIONS = ("make", "open", "split", "split by site", "duplicates", "leakage", "first batch", "resume")
@@ -44,68 +34,53 @@ def plan(
         records: numbers of scans in the stores of the part "scale".
     """
 
-    def step(part: str, network: str, side: int) -> Spec:
-        name = describe(network, size, side)
-        return {
-            "part": part,
-            "name": name,
-            "kind": "step",
-            "network": network,
-            "size": size,
-            "edge": side,
-            "batch": batch,
-        }
+    rows: list[Spec] = []
+
+    def add(part: str, name: str, kind: str = "", **own: Any) -> None:
+        if part in parts:
+            rows.append({"part": part, "name": name, "kind": kind or part, **own})
+
+    def step(part: str, network: str, side: int) -> None:
+        own = {"network": network, "size": size, "edge": side, "batch": batch}
+        add(part, describe(network, size, side), "step", **own)
 
     # In the ratio of 160 x 192 x 160 to 128^3.
     whole = [8 * round(n * edge / 128 / 8) for n in (160, 192, 160)]
-    rows: list[Spec] = []
-    if "pretrain" in parts:
-        rows += [step("pretrain", network, edge) for network in ("asa", "dense", "written")]
-    if "fast" in parts:
-        rows += [step("fast", network, edge) for network in ("asa", "fast")]
-    if "finetune" in parts:
-        rows += [step("finetune", network, edge) for network in ("unet", "conv", "light", "unetr", "swin")]
-    if "importance" in parts:
-        shared = {"part": "importance", "kind": "importance", "edge": edge, "batch": batch}
-        rows += [{"name": f"{kind}, {edge}^3", "importance": kind, **shared} for kind in ("orientation", "magnitude")]
-    if "loader" in parts:
-        for augment in (False, True):
-            for workers in (0, 2, 4):
-                varied = "fine-tuning augmentation" if augment else "no augmentation"
-                name = f"4 x {edge}^3 crops of {'x'.join(map(str, whole))}, {varied}, {workers} workers"
-                own = {"edge": edge, "batch": batch, "volume": whole, "workers": workers, "augment": augment}
-                rows.append({"part": "loader", "name": name, "kind": "loader", **own})
-    if "fed" in parts:
+    shape = "x".join(map(str, whole))
+    for network in ("asa", "dense", "written"):
+        step("pretrain", network, edge)
+    for network in ("asa", "fast"):
+        step("fast", network, edge)
+    for network in ("unet", "conv", "light", "unetr", "swin"):
+        step("finetune", network, edge)
+    for kind in ("orientation", "magnitude"):
+        add("importance", f"{kind}, {edge}^3", importance=kind, edge=edge, batch=batch)
+    for augment in (False, True):
         for workers in (0, 2, 4):
-            name = f"{describe('asa', size, edge)} crops of {'x'.join(map(str, whole))}, {workers} workers"
-            own = {"network": "asa", "size": size, "edge": edge, "batch": batch, "volume": whole, "workers": workers}
-            rows.append({"part": "fed", "name": name, "kind": "fed", **own})
-    if "window" in parts:
-        windows = count_windows(whole, edge)
-        for network in ("unet", "unetr", "swin"):
-            name = f"{describe(network, size, edge)}, {windows} windows over {'x'.join(map(str, whole))}"
-            own = {"network": network, "size": size, "edge": edge, "volume": whole}
-            rows.append(
-                {"part": "window", "name": name, "kind": "window", "windows": windows, "overlap": OVERLAP, **own}
-            )
-    if "growth" in parts:
-        sides = [edge * k // 4 for k in (2, 3, 4, 5, 6)]
-        rows += [step("growth", "asa", side) for side in sides]
-        rows += [step("growth", "dense", side) for side in sides[:-1]]
+            varied = "fine-tuning augmentation" if augment else "no augmentation"
+            name = f"4 x {edge}^3 crops of {shape}, {varied}, {workers} workers"
+            add("loader", name, edge=edge, batch=batch, volume=whole, workers=workers, augment=augment)
+    for workers in (0, 2, 4):
+        own = {"network": "asa", "size": size, "edge": edge, "batch": batch, "volume": whole, "workers": workers}
+        add("fed", f"{describe('asa', size, edge)} crops of {shape}, {workers} workers", **own)
+    windows = count_windows(whole, edge)
+    for network in ("unet", "unetr", "swin"):
+        own = {"windows": windows, "overlap": OVERLAP, "network": network, "size": size, "edge": edge, "volume": whole}
+        add("window", f"{describe(network, size, edge)}, {windows} windows over {shape}", **own)
+    sides = [edge * k // 4 for k in (2, 3, 4, 5, 6)]
+    for network, measured in (("asa", sides), ("dense", sides[:-1])):
+        for side in measured:
+            step("growth", network, side)
     if "regions" in parts:
         rows += region_rows(size)
-    if "digests" in parts:
-        for first in (False, True):
-            when = "opened for the first time, with its SHA-256" if first else "opened before"
-            name = f"a 1 x {edge}^3 crop of an array of {'x'.join(map(str, whole))}, {when}"
-            rows.append(
-                {"part": "digests", "name": name, "kind": "digests", "edge": edge, "volume": whole, "first": first}
-            )
-    if "scale" in parts:
-        for count in records:
-            for operation in OPERATIONS:
-                own = {"operation": operation, "records": count, "edge": edge, "volume": whole}
-                rows.append({"part": "scale", "name": f"{count:,} scans: {operation}", "kind": "scale", **own})
+    for first in (False, True):
+        when = "opened for the first time, with its SHA-256" if first else "opened before"
+        name = f"a 1 x {edge}^3 crop of an array of {shape}, {when}"
+        add("digests", name, edge=edge, volume=whole, first=first)
+    for count in records:
+        for operation in OPERATIONS:
+            own = {"operation": operation, "records": count, "edge": edge, "volume": whole}
+            add("scale", f"{count:,} scans: {operation}", **own)
     return [{**row, **common} for row in rows]
 
 

@@ -29,9 +29,8 @@ from asa.training.device import (
     autocast,
     keep_freed_memory,
 )
-from asa.training.gpu_check import GIB, step_peak
 from asa.training.optim import make_optimizer
-from asa.training.plan import volume_batch
+from asa.training.plan import GIB, step_peak, volume_batch
 from scripts.benchmark.checks import CHECKS, voronoi
 from scripts.benchmark.clock import Rates, Work, count_operations, peak_memory, synchronise, time_work
 from scripts.benchmark.matrix import MatrixRate

@@ -14,12 +14,11 @@ import torch
 from asa.data.datasets.record import Record
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import write_image
-from asa.data.leakage import find_leaks, training_digests
 from asa.data.loading.crops import CropDataset
 from asa.data.loading.loader import make_loader
 from asa.data.preprocessing.cohort import find_duplicates, prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
-from asa.data.splits import make_split, select
+from asa.data.splits import find_leaks, make_split, select, training_digests
 from asa.data.store import MANIFEST, RECORDS, Store, array_path, entry_line, write_records
 from asa.settings import LoaderSettings
 from scripts.benchmark.clock import host_peak

@@ -8,7 +8,6 @@ head that lesions and their mirror images cover. Rows "beyond healthy" are in st
 scans at each voxel. An hour on a busy core.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,10 @@ from torch import Tensor
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
-from asa.inference.asymmetry import AsymmetryScorer
+from asa.inference.anomaly import AnomalyMap, AsymmetryScorer, HealthyReference, read_pretrained
 from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
-from scripts.reproduce.commands import asa, quoted
+from scripts.reproduce.commands import asa, parser_of, quoted
 
 Compare = Callable[[Tensor], AnomalyMap]
 
@@ -79,8 +77,7 @@ def make(out: Path) -> None:
 
 def main() -> None:
     """Print two rows for the pretrained network, the initial one, and the plain differences."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "out")
     out = parser.parse_args().out
     make(out)
     stores = [Store(out / f"{cohort}_store") for cohort in ("healthy", "lesioned", "train")]

@@ -5,21 +5,17 @@ of the mean of the top 1 % of the asymmetry map from the features of each of the
 deviations above the healthy scans. Writes OUT/curve.md, a table of docs/asymmetry.md. An hour on one core.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from asa.config import build
 from asa.data.store import Store
 from asa.evaluation.scans import auc
-from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
-from asa.inference.asymmetry import AsymmetryScorer
+from asa.inference.anomaly import AnomalyMap, AsymmetryScorer, HealthyReference, read_pretrained
 from asa.settings import PredictSettings
 from asa.training.checkpoint import read_description
 from scripts.reproduce.asymmetry import make_stores, volumes
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, parser_of
 
 LEVELS = 5
 
@@ -46,8 +42,7 @@ def separation(healthy: list[AnomalyMap], lesioned: list[AnomalyMap], name: str)
 
 def main() -> None:
     """Pretrain, and score the first weights and every checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "out")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--settings", nargs="*", default=[], help="of asa-pretrain")

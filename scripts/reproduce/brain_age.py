@@ -6,7 +6,6 @@ IXI: as for scripts.reproduce.frozen_features, whose OUT is FEATURES: its brains
 of one core.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from asa.data.io.nifti import write_image
 from asa.data.io.tables import read_column, read_rows
 from asa.data.store import Store
 from asa.evaluation.probe import predict_by_folds, ridge
-from asa.evaluation.statistics import bootstrap_interval
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, interval, parser_of
 from scripts.reproduce.shipped_encoder import NAME
 
 ARMS: dict[str, dict[str, str]] = {"pretrained": {"init": f"asa://{NAME}"}, "scratch": {}}
@@ -65,10 +63,7 @@ def volumes_errors(table: Path, truth: dict[str, float], tested: list[str]) -> d
 
 def main() -> None:
     """Prepare, fine-tune, and print the errors."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("ixi", "features", "out"):
-        parser.add_argument(name, type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "ixi", "features", "out").parse_args()
     features, out = options.features.resolve() / "ixi", options.out.resolve()
     log, store, table = out / "log.txt", out / "store", options.ixi.resolve() / "ages.csv"
     write_brains(Store(features / "store"), out / "brains")
@@ -86,9 +81,7 @@ def main() -> None:
     print(f"{len(scratch)} heads\n\n| | mean absolute error (years) | less that from scratch |\n|---|---|---|")
     for arm, found in errors.items():
         own, less = np.array([found[id] for id in scratch]), np.array([found[id] - scratch[id] for id in scratch])
-        (low, high), (lower, upper) = bootstrap_interval(own), bootstrap_interval(less)
-        gap = f"{less.mean():+.1f} ({lower:+.1f} to {upper:+.1f})" if less.any() else ""
-        print(f"| {arm} | {own.mean():.1f} ({low:.1f} to {high:.1f}) | {gap} |")
+        print(f"| {arm} | {interval(own, digits=1)} | {interval(less, '+', 1) if less.any() else ''} |")
     print(f"| nothing: the mean age | {guess:.1f} | |")
 
 

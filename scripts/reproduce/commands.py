@@ -1,5 +1,6 @@
 """Run the commands of this checkout from the other files here, and read and show what they give."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,6 +13,14 @@ import numpy as np
 
 from asa.evaluation.comparison import read_run
 from asa.evaluation.statistics import bootstrap_interval
+
+
+def parser_of(description: str | None, *paths: str) -> argparse.ArgumentParser:
+    """A parser of a script's options, of which the first are paths."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in paths:
+        parser.add_argument(name, type=Path)
+    return parser
 
 
 def quoted_path(path: Any) -> str:
@@ -83,8 +92,8 @@ def validations(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["group"] == "validation"]
 
 
-def interval(values: Sequence[float] | np.ndarray, sign: str = "") -> str:
+def interval(values: Sequence[float] | np.ndarray, sign: str = "", digits: int = 3) -> str:
     """Mean and 95 % interval of the mean, as text; with `sign="+"` always with a sign."""
     low, high = bootstrap_interval(np.array(values))
-    mean = f"{np.mean(values):{sign}.3f}"
-    return mean if len(values) < 2 else f"{mean} ({low:{sign}.3f} to {high:{sign}.3f})"
+    mean, *ends = (f"{value:{sign}.{digits}f}" for value in (np.mean(values), low, high))
+    return mean if len(values) < 2 else f"{mean} ({ends[0]} to {ends[1]})"

@@ -10,7 +10,6 @@ package malf.templates carries such a set.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,8 +25,9 @@ from asa.data.splits import write_split
 from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.segmentation import Segmentation
 from asa.training.optim import make_optimizer
+from scripts.benchmark.clock import step_seconds
 from scripts.benchmark.memory import step_memory
-from scripts.reproduce.commands import asa, brain_dice, declared, interval, quoted, score
+from scripts.reproduce.commands import asa, brain_dice, declared, interval, parser_of, quoted, score
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 NETWORKS = (
@@ -90,22 +90,7 @@ def costs(out: Path, options: argparse.Namespace) -> dict[str, tuple[int, int, f
         sizes[network] = (sum(weight.numel() for weight in method.parameters()), memory)
         crops = task.dataset(method)
         ready[network] = (method, make_optimizer(method, optim), collate([crops[0, 0]]))
-
-    def step(network: str) -> float:
-        method, optimizer, batch = ready[network]
-        started = time.process_time()
-        method(batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.process_time() - started
-
-    times: dict[str, list[float]] = {network: [] for network in ready}
-    for repeat in range(TIMED + 1):
-        for network in ready:
-            seconds = step(network)
-            if repeat:  # the first one also allocates
-                times[network].append(seconds)
-    return {network: (*sizes[network], float(np.median(times[network]))) for network in ready}
+    return {network: (*sizes[network], seconds) for network, seconds in step_seconds(ready, TIMED).items()}
 
 
 def report(out: Path, networks: Sequence[str], cost: dict[str, tuple[int, int, float]]) -> str:
@@ -126,9 +111,7 @@ def report(out: Path, networks: Sequence[str], cost: dict[str, tuple[int, int, f
 
 def main() -> None:
     """Run what is not done, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "data", "out")
     parser.add_argument(
         "--networks", nargs="+", default=list(NETWORKS), help="the first is what the others are timed by"
     )

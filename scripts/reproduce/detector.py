@@ -10,7 +10,6 @@ HEADS: the BIDS folder of scripts/reproduce/shipped_encoder.py. BRAINS: see scri
 MS: skull-stripped ID_T1.nii.gz with ID_lesions.nii.gz, 1 mm.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from asa.data.splits import write_split
 from asa.data.store import Store
-from asa.evaluation.maps import voxel_scores
+from asa.evaluation.scans import voxel_scores
 from asa.inference.anomaly import LabelScorer
 from asa.inference.segmentation import Segmenter
-from scripts.reproduce.commands import asa, quoted
+from scripts.reproduce.commands import asa, parser_of, quoted
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.planted import HEADER, make, maps_of_sides, read_bench, rows_of
 from scripts.reproduce.shipped_encoder import NAME, PREPARED
@@ -78,9 +77,7 @@ def rows_of_patients(name: str, sides: bool, compute: Callable[[Tensor], Tensor]
 
 def main() -> None:
     """Train what has not been trained, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("heads", "brains", "ms"):
-        parser.add_argument(name, type=Path)
+    parser = parser_of(__doc__, "heads", "brains", "ms")
     parser.add_argument("out", type=lambda text: Path(text).resolve())
     options = parser.parse_args()
     out = options.out

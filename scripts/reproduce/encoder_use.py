@@ -5,10 +5,8 @@ the transformer blocks skipped, and with the encoder's weights as they were befo
 encoder can change lies between the first row and the others.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from asa.models.vit_seg import TokenSegmentation
 from asa.settings import PredictSettings
 from asa.tasks.segmentation import validate_segmentation
 from asa.training.checkpoint import read_model
+from scripts.reproduce.commands import parser_of
 
 
 def zero_tokens(encoder: SWViT, stack: ExitStack) -> None:
@@ -54,9 +53,7 @@ def first_weights(config: Mapping[str, Any]) -> Callable[[SWViT, ExitStack], Non
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("store", type=Path)
+    parser = parser_of(__doc__, "run", "store")
     parser.add_argument("--part", choices=("train", "validation", "test"), default="test")
     options = parser.parse_args()
     store, (model, description) = Store(options.store), read_model(options.run)

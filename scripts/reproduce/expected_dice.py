@@ -5,13 +5,13 @@ DEMO: folders of scripts/demo, with several seeds. Of each network, the Dice tha
 docs/prediction.md.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from asa.data.io.tables import read_rows
+from scripts.reproduce.commands import parser_of
 
 NETWORKS = ("pretrained_1", "scratch_1", "pretrained_3", "scratch_3")
 
@@ -37,7 +37,7 @@ def line(name: str, found: dict[str, np.ndarray]) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("demo", nargs="+", type=Path)
     folders = parser.parse_args().demo
     print("| network | n | expected | true | rank correlation | of subjects' means |\n|---|---:|---:|---:|---:|---:|")

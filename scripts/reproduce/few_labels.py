@@ -13,7 +13,6 @@ half an hour for a fine-tuning, on one core each.
 DATA: see scripts/reproduce/structures.py.
 """
 
-import argparse
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ import numpy as np
 from asa.data.splits import write_split
 from asa.evaluation.comparison import p_text
 from asa.evaluation.statistics import wilcoxon_p
-from scripts.reproduce.commands import asa, brain_dice, evaluate, interval, score, validations
+from scripts.reproduce.commands import asa, brain_dice, evaluate, interval, parser_of, score, validations
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
 matplotlib.use("Agg")
@@ -321,9 +320,7 @@ def draw_curve(dice: Mapping[tuple[int, str], np.ndarray], file: Path) -> None:
 
 def main() -> None:
     """Run what has not been run, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "data", "out")
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3])
     parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=[*ARMS, *ATLASES, *TOGETHER])
     parser.add_argument("--tested", type=int, help="brains of a fold, where all others are labelled; none validates")

@@ -9,7 +9,6 @@ without a lesion. What is done is not done again; half an hour of one core for e
 BRAINS, MS: see scripts/reproduce/planted.py and detector.py. DETECTOR: OUT/finetuned/pretrained of detector.py.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from asa.data.io.tables import read_rows
 from asa.data.splits import write_split
 from asa.data.store import Store
 from asa.evaluation.comparison import read_run
-from scripts.reproduce.commands import asa, interval, quoted
+from scripts.reproduce.commands import asa, interval, parser_of, quoted
 from scripts.reproduce.detector import ALIKE
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.shipped_encoder import NAME
@@ -95,7 +94,7 @@ def row(labelled: int, arm: str, found: dict[str, np.ndarray], scratch: dict[str
 
 def main() -> None:
     """Train what has not been trained, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     for name in ("brains", "ms", "detector", "out"):
         parser.add_argument(name, type=lambda text: Path(text).resolve())
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 2, 10], help="numbers of labelled brains")

@@ -10,7 +10,6 @@ OASIS: brains, ID_SS.nii.gz, of a third scanner; nothing else is known of them.
 About 10 s of one core per head; what is done is not done again.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from asa.data.io.tables import csv_text, read_rows, write_numbers
 from asa.data.store import Store, read_box
 from asa.evaluation.probe import predict_by_folds, ridge
 from asa.evaluation.scans import score_numbers
-from asa.evaluation.statistics import bootstrap_interval
 from asa.evaluation.tables import matched
 from asa.training.checkpoint import list_checkpoints, read_description, save_checkpoint
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, interval, parser_of
 from scripts.reproduce.shipped_encoder import NAME, PREPARED
 
 SIZE = (160, 192, 160)  # voxels of 1 mm around the middle: a whole brain
@@ -137,8 +135,7 @@ def within(cohort: str, out: Path, truth: Path, classes: dict[str, str]) -> None
         age = probe(out / f"{name}.csv", truth, "age", out / f"{name}_age")
         encoder, own = errors(out / "pretrained_age"), errors(out / f"{name}_age")
         less = np.array([encoder[id] - own[id] for id in own])
-        low, high = bootstrap_interval(less)
-        gap = "" if name == "pretrained" else f"{less.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+        gap = "" if name == "pretrained" else interval(less, "+", 1)
         cells = [as_auc(probe(out / f"{name}.csv", truth, column, out / f"{name}_{column}")) for column in classes]
         print(f"| {TABLES[name]} | {in_years(age)} | {gap} | {age['r2']:.2f} | {' | '.join(cells)} |")
     print(f"| nothing: the mean age | {age['of_the_mean']:.1f} | | 0 |{' 0.5 |' * len(classes)}")
@@ -189,10 +186,7 @@ def scanners(out: Path) -> None:
 
 def main() -> None:
     """Make the tables of features, and print what is read from each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in (*COHORTS, "out"):
-        parser.add_argument(name, type=Path)
-    options = {name: path.resolve() for name, path in vars(parser.parse_args()).items()}
+    options = {name: path.resolve() for name, path in vars(parser_of(__doc__, *COHORTS, "out").parse_args()).items()}
     out = options.pop("out")
     stores = {cohort: prepare(cohort, data, out / cohort) for cohort, data in options.items()}
     for cohort, data in options.items():

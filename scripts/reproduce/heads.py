@@ -4,15 +4,13 @@ DATA: heads with their skulls, openmsNN_T1W.nii.gz (open_ms_data, CC BY). They a
 The masks of the two stores are then compared by Dice on each scan's own grid.
 """
 
-import argparse
 import os
-from pathlib import Path
 
 import numpy as np
 
 from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, parser_of
 
 
 def native_mask(store: Store, id: str) -> np.ndarray:
@@ -36,10 +34,7 @@ def print_agreement(one: Store, other: Store) -> None:
 
 def main() -> None:
     """Prepare twice, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "data", "out").parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # the times in the text are those of one core
     stages = ("prepare.bias=true", "prepare.register=true", "prepare.midway=true", "check=also")
     images = "data.images={t1: openms*_T1W.nii.gz}"

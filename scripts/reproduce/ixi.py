@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from asa.data.splits import write_split
-from scripts.reproduce.commands import asa, brain_dice, quoted, quoted_path, score
+from scripts.reproduce.commands import asa, brain_dice, parser_of, quoted, quoted_path, score
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.structures import LABELS, STRUCTURES, write_structures
 
@@ -34,8 +34,7 @@ DEVICES = {"cpu": CPU, "cuda": ("train.device=cuda", "loader.workers=0")}
 
 def read_options(description: str | None, *others: str) -> argparse.Namespace:
     """The options of the scripts: data, out, seeds, jobs and device, and folders of other data."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = parser_of(description, "data")
     parser.add_argument("out", type=lambda text: Path(text).resolve())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")

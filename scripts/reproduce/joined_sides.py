@@ -8,18 +8,17 @@ Dice of the separated labels, and that of the same label maps with their sides j
 DATA: as of scripts/reproduce/structures.py.
 """
 
-import argparse
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from asa.data.io.nifti import read_image, read_label, write_label
+from asa.data.io.nifti import read_label
 from asa.data.splits import write_split
 from asa.evaluation.metrics import dice
-from scripts.reproduce.commands import asa, declared, quoted, score
+from scripts.reproduce.commands import asa, declared, parser_of, quoted, score
 from scripts.reproduce.few_labels import CPU, TESTED
-from scripts.reproduce.structures import STRUCTURES, subjects
+from scripts.reproduce.structures import STRUCTURES, subjects, write_structures
 
 PARTS = STRUCTURES | {"cerebellum_gm": (38, 39), "vermis": (71, 72, 73)}
 # Names of labels with the values in ID_glm of each: right before left where a structure has two.
@@ -29,20 +28,6 @@ LABELS = {
     if len(values) == 2
     for name, value in zip((f"right_{part}", f"left_{part}"), values, strict=True)
 } | {part: values for part, values in PARTS.items() if len(values) != 2}
-
-
-def write_labels(data: Path, out: Path, ids: list[str]) -> None:
-    """Write ID_sides.nii.gz with the values 1, 2, ... of `LABELS`, and a link to each image."""
-    out.mkdir(parents=True, exist_ok=True)
-    for id in ids:
-        image, label = out / f"{id}_SS.nii.gz", out / f"{id}_sides.nii.gz"
-        if not label.exists():
-            image.symlink_to((data / image.name).resolve())
-            regions = read_label(data / f"{id}_glm.nii.gz").data
-            found = np.zeros(regions.shape, np.uint8)
-            for value, regions_of_label in enumerate(LABELS.values(), start=1):
-                found[np.isin(regions, regions_of_label)] = value
-            write_label(label, found, read_image(image))
 
 
 def measure(truth: np.ndarray, found: np.ndarray, labels: Collection[str]) -> tuple[float, float, float]:
@@ -77,15 +62,13 @@ def report(out: Path, ids: Sequence[str], truths: Path, labels: Collection[str])
 
 def main() -> None:
     """Run what has not been run, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "data", "out")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     out, ids = options.out.resolve(), subjects(options.data)
     first, last = TESTED[0]
     store, log, split = out / "store", out / "log.txt", out / "split.json"
-    write_labels(options.data, out / "brains", ids)
+    write_structures(options.data, out / "brains", ids, labels=LABELS, name="sides")
     write_split(split, {"train": ids[:first] + ids[last:], "validation": [], "test": ids[first:last]})
     names = declared(dict(enumerate(LABELS, start=1)))
     files = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_sides.nii.gz", names)

@@ -6,12 +6,9 @@ DATA: 15 skull-stripped OASIS-1 brains, ID_SS.nii.gz, with FAST tissue labels, I
 the R package malf.templates carries such a set. Finished runs are not repeated.
 """
 
-import argparse
-from pathlib import Path
-
 from asa.evaluation.comparison import read_run
 from asa.reporting.ablation import Trial, write_ablation
-from scripts.reproduce.commands import asa, score
+from scripts.reproduce.commands import asa, parser_of, score
 
 STEPS = {1: 200, 3: 200, 12: 300}  # of fine-tuning, by labelled brains
 ARMS = ("scratch", "pretrained")
@@ -19,10 +16,7 @@ ARMS = ("scratch", "pretrained")
 
 def main() -> None:
     """Run all stages, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "data", "out").parse_args()
     out = options.out
     files = ("data.images={t1: *_SS.nii.gz}", "data.label=*_tissues.nii.gz", "labels={1: csf, 2: gm, 3: wm}")
     asa("prepare", "data=folder", *files, **{"data.root": options.data, "out": out / "store"})

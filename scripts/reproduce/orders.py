@@ -8,7 +8,6 @@ difference between the tokens of the mirror image and the mirrored tokens, relat
 network that commutes with the mirror.
 """
 
-import argparse
 import statistics
 from functools import partial
 
@@ -20,6 +19,7 @@ from asa.models.sw_vit import BIASES, ORDERS, sw_vit_tiny
 from asa.training.device import keep_freed_memory, pick_device
 from scripts.benchmark.clock import alternating_seconds
 from scripts.benchmark.row import step_batch, training_step
+from scripts.reproduce.commands import parser_of
 
 KINDS = [(order, bias) for bias in BIASES for order in ORDERS]  # the published one first
 CROP = (64, 64, 160)
@@ -49,7 +49,7 @@ def asymmetry(order: str, bias: str) -> float:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--edge", type=int, default=128, help="of the volume, in voxels")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])

@@ -9,16 +9,16 @@ DATA: brains ID_SS.nii.gz with the manual regions of the MICCAI 2012 multi-atlas
 ID_T1.nii.gz with regions in MUSE's numbers, which are the same and some more, ID_regions.nii.gz.
 """
 
-import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from asa.data.io.nifti import read_image, read_label
-from asa.data.preprocessing.pipeline import distance_to_the_right, prepare_case, to_native
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.midsagittal import distance_to_the_right
+from asa.data.preprocessing.pipeline import prepare_case, to_native
+from asa.data.preprocessing.settings import PrepareSettings
 from asa.evaluation.metrics import dice
+from scripts.reproduce.commands import parser_of
 
 FILES = (("_SS.nii.gz", "_glm.nii.gz"), ("_T1.nii.gz", "_regions.nii.gz"))
 # (left, right): deep grey matter; ventricles, cerebellum, white matter, ventral diencephalon, vessels, basal forebrain.
@@ -52,8 +52,7 @@ def measure(truth: np.ndarray, found: np.ndarray) -> list[float]:
 
 def main() -> None:
     """Measure all scans, and print a row for each and the means."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = parser_of(__doc__, "data")
     parser.add_argument("--scans", type=int, help="the first ones only")
     options = parser.parse_args()
     image_end, label_end = next(ends for ends in FILES if any(options.data.glob(f"*{ends[0]}")))

@@ -12,7 +12,6 @@ DATA: skull-stripped T1-weighted brains ID_SS.nii.gz, one per person. RUN: a run
 without normalised targets, on brains that are prepared alike, such as scripts.reproduce.shipped_encoder makes.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +25,12 @@ from torch import Tensor
 from asa.data.io.nifti import read_image, read_label
 from asa.data.io.tables import read_rows
 from asa.data.store import Store
-from asa.evaluation.maps import voxel_scores
-from asa.evaluation.scans import auc
-from asa.inference.anomaly import AnomalyMap, HealthyReference
-from asa.inference.masked_prediction import BLUR, PredictedPatches
+from asa.evaluation.scans import auc, voxel_scores
+from asa.inference.anomaly import BLUR, AnomalyMap, HealthyReference, PredictedPatches
 from asa.models.masked_autoencoder import MaskedAutoencoder
 from asa.models.sa_swin import sa_swin_tiny
 from asa.training.checkpoint import read_model
-from scripts.reproduce.commands import asa, quoted
+from scripts.reproduce.commands import asa, parser_of, quoted
 
 SD = BLUR / 2.355  # in voxels of 1 mm
 
@@ -145,10 +142,7 @@ HEADER = """| map | lesions | AUC, scans | AUC, voxels | average precision | by 
 
 def main() -> None:
     """Print two rows for each map, and one for each kind of lesion."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("data", "run", "out"):
-        parser.add_argument(name, type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "data", "run", "out").parse_args()
     make(options.data, options.out)
     bench = read_bench(options.out)
     print(HEADER)

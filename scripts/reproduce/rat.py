@@ -15,7 +15,6 @@ ct: low-dose noise of about 60 HU; 9 tiles of 128 x 128 pixels of one head for t
 One thread, no GPU, about twenty minutes. A finished run is not repeated.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +25,16 @@ import torch
 from asa.data.io.files import write_json
 from asa.errors import require
 from asa.evaluation.statistics import bootstrap_interval
+from asa.restoration.evaluation import score_image
 from asa.restoration.images import in_window, read_values, write_picture, write_regions
-from asa.restoration.inference import restore_image
-from asa.restoration.measures import score_image
-from asa.restoration.method import Restoration
+from asa.restoration.method import Restoration, restore_image
 from asa.restoration.pairs import Pair, PairDataset, find_pairs
 from asa.restoration.rat import rat_tiny
 from asa.restoration.region_maps import make_provider
 from asa.restoration.simulation import decimated, make_degradation
 from asa.settings import LoaderSettings, OptimSettings, PredictSettings, TrainSettings
 from asa.training.loop import train
+from scripts.reproduce.commands import parser_of
 
 TRAINING = ("camera.png", "coins.png", "moon.png", "cell.png", "chelsea.png", "coffee.png", "rocket.jpg", "gravel.png")
 HELD_OUT = ("astronaut.png", "retina.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
@@ -189,8 +188,7 @@ def table(results: dict[str, dict[int, dict[str, dict[str, float]]]], digits: in
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "out")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))

@@ -14,9 +14,9 @@ import torch
 
 from asa.data.io.files import write_whole
 from asa.reporting.figures import GAP, encode_png
+from asa.restoration.evaluation import ImageFiles, error_map, error_scale, image_panel, read_case
 from asa.restoration.images import read_picture, read_regions
 from asa.restoration.region_maps import outlined
-from asa.restoration.report import ImageFiles, error_map, error_scale, image_panel, read_case
 from scripts.reproduce.rat import factor, run, write_task
 
 SHOWN = {"denoise": ("test_astronaut_3", 96), "super": ("test_26", 64)}  # task -> case, pixels shown

@@ -8,9 +8,7 @@ of docs/evidence_details.md, and OUT/recipe.png. Finished runs are not repeated.
 DATA: see scripts/reproduce/structures.py.
 """
 
-import argparse
 import itertools
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +26,8 @@ from asa.settings import OptimSettings, TrainSettings
 from asa.tasks.pretraining import Pretraining
 from asa.training.optim import make_optimizer
 from asa.training.plan import make_plan
-from scripts.reproduce.commands import asa, brain_dice, interval, quoted, validations
+from scripts.benchmark.clock import step_seconds
+from scripts.reproduce.commands import asa, brain_dice, interval, parser_of, quoted, validations
 from scripts.reproduce.few_labels import DEEP, STORE, finetune, gains
 from scripts.reproduce.structures import STRUCTURES, make_store, subjects
 
@@ -122,34 +121,20 @@ def finetune_arm(out: Path, arm: str, labelled: int, seed: int, steps: int) -> N
 def cost(out: Path, arms: Sequence[str]) -> dict[str, tuple[float, float]]:
     """GFLOP and seconds of a sample in each arm's training step; seconds are medians of alternating steps."""
     torch.set_num_threads(1)
-    steps, operations = {}, {}
+    steps, operations, counts = {}, {}, {}
     for arm in arms:
         config = compose("pretrain", pretrain_settings(out, arm, 0))
         settings, optim = typed(TrainSettings, config["train"]), typed(OptimSettings, config["optim"])
         task = Pretraining(config)
-        samples = settings.batch_size * config["method"]["masks"]
-
+        counts[arm] = settings.batch_size * config["method"]["masks"]
         make = partial(build, config["method"])
         plan = make_plan(make, partial(task.example, count=settings.batch_size), settings=settings, optim=optim)
-        operations[arm] = plan.step / samples / 1e9
+        operations[arm] = plan.step / counts[arm] / 1e9
         method: Any = make()
         crops = task.dataset(method)
         batch = collate([crops[k % len(crops), k] for k in range(settings.batch_size)])
-        steps[arm] = (method, make_optimizer(method, optim), batch, samples)
-
-    def step(arm: str) -> float:
-        method, optimizer, batch, samples = steps[arm]
-        started = time.process_time()
-        method(batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return (time.process_time() - started) / samples
-
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for repeat in range(6):
-        for arm in arms:
-            times[arm].append(step(arm)) if repeat else step(arm)
-    return {arm: (operations[arm], float(np.median(times[arm]))) for arm in arms}
+        steps[arm] = (method, make_optimizer(method, optim), batch)
+    return {arm: (operations[arm], seconds / counts[arm]) for arm, seconds in step_seconds(steps, 5).items()}
 
 
 def report(out: Path, arms: Sequence[str], seeds: Sequence[int], tuned: Sequence[str], labelled: Sequence[int]) -> str:
@@ -232,9 +217,7 @@ def draw(
 
 def main() -> None:
     """Run what is not done, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "data", "out")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="compared with the first of them")
     parser.add_argument("--finetune", nargs="*", choices=ARMS, default=[], help="arms that are fine-tuned, too")
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 3], help="brains of a fine-tuning")

@@ -8,20 +8,20 @@ two hours of one core.
 DATA: heads ID_T1.nii.gz with regions in MUSE's numbers, ID_regions.nii.gz, as of scripts/reproduce/ixi.py.
 """
 
-import argparse
 import json
 import resource
 from pathlib import Path
 
 import numpy as np
 
-from asa.data.io.nifti import read_image, read_label, write_label
+from asa.data.io.nifti import read_label
 from asa.data.splits import write_split
-from scripts.reproduce.commands import asa, declared, quoted, score
+from scripts.reproduce.commands import asa, declared, parser_of, quoted, score
 from scripts.reproduce.few_labels import CPU
 from scripts.reproduce.ixi import CROP, PREPARED, read_ids
 from scripts.reproduce.joined_sides import report
 from scripts.reproduce.plane import PAIRS
+from scripts.reproduce.structures import write_structures
 
 TRAINED, TESTED = 20, 8  # heads
 
@@ -31,9 +31,8 @@ def write_labels(data: Path, out: Path, ids: list[str]) -> list[str]:
 
     The left value of a pair follows the right one.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    regions = {id: read_label(data / f"{id}_regions.nii.gz").data for id in ids}
-    held = set(np.unique(np.concatenate([np.unique(values) for values in regions.values()])).tolist()) - {0}
+    found = [np.unique(read_label(data / f"{id}_regions.nii.gz").data) for id in ids]
+    held = set(np.concatenate(found).tolist()) - {0}
     named = {
         value: f"{side}_{left}"
         for left, right in PAIRS
@@ -41,21 +40,13 @@ def write_labels(data: Path, out: Path, ids: list[str]) -> list[str]:
         if {left, right} <= held
     }
     named |= {value: f"region_{value}" for value in sorted(held - named.keys())}
-    table = np.zeros(max(held) + 1, np.uint8)
-    table[list(named)] = range(1, len(named) + 1)
-    for id, values in regions.items():
-        image, label = out / f"{id}_T1.nii.gz", out / f"{id}_sides.nii.gz"
-        if not label.exists():
-            image.symlink_to((data / image.name).resolve())
-            write_label(label, table[values], read_image(image))
+    write_structures(data, out, ids, "T1", "regions", {name: (value,) for value, name in named.items()}, "sides")
     return list(named.values())
 
 
 def main() -> None:
     """Run what has not been run, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = parser_of(__doc__, "data", "out")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     out, ids = options.out.resolve(), read_ids(options.data)[: TRAINED + TESTED]

@@ -9,7 +9,6 @@ The released step has a plain loss and gets its mask from the loader. Here its m
 our steps compute the importance, too. Without CHECKOUT nothing is compared.
 """
 
-import argparse
 import importlib.util
 import statistics
 import sys
@@ -26,6 +25,7 @@ from asa.training.device import keep_freed_memory, pick_device
 from scripts.benchmark.clock import alternating_seconds
 from scripts.benchmark.networks import make_method
 from scripts.benchmark.row import step_batch, training_step
+from scripts.reproduce.commands import parser_of
 
 FILE, NAME = Path("ASA_Pretrain") / "model" / "model_DEFAULT.py", "PretrainMEDIUMVIT"
 PATCH, MASKED = 8, 0.75
@@ -94,7 +94,7 @@ def compare(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("checkout", nargs="?", type=Path)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])

@@ -6,13 +6,10 @@ experiment=structures_pretrain. OUT/tiny-t1 is then what asa/encoders/tiny-t1 ho
 is done is not done again.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from asa.export.hub import export_hub
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, parser_of
 
 NAME = "tiny-t1"
 PREPARED = ("data=bids", "prepare.strip=deepbet", "prepare.midway=true", "prepare.spacing=1", "check=also")
@@ -30,10 +27,7 @@ docs/evidence.md. Other contrasts, ages and voxel sizes than those of its scans 
 
 def main() -> None:
     """Prepare, pretrain, and write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "data", "out").parse_args()
     out = options.out.resolve()
     store, run, log = out / "store", out / "pretrained", out / "log.txt"
     asa("prepare", *PREPARED, log=log, **{"data.root": options.data.resolve(), "out": store})

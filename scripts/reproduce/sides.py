@@ -9,7 +9,6 @@ DATA: skull-stripped OASIS-1 brains, ID_SS.nii.gz, with the manual regions of th
 ID_glm.nii.gz; the R package malf.templates carries 15.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,12 @@ import torch
 from asa.data.io.nifti import read_image, write_label
 from asa.data.store import Store
 from asa.evaluation.metrics import dice
-from asa.inference.anomaly import read_pretrained
-from asa.inference.asymmetry import AsymmetryScorer
+from asa.inference.anomaly import AsymmetryScorer, read_pretrained
 from asa.settings import PredictSettings
-from scripts.reproduce.commands import asa
+from scripts.reproduce.commands import asa, declared, parser_of
+from scripts.reproduce.plane import CORTEX, DEEP
 
-# Values of that challenge, (left, right): accumbens, amygdala, caudate, hippocampus, pallidum, putamen, thalamus.
-DEEP = ((30, 23), (32, 31), (37, 36), (48, 47), (56, 55), (58, 57), (60, 59))
-WHITE = (45, 44)
-CORTEX = range(100, 208)  # odd: left, even: right
+WHITE = (45, 44)  # of that challenge, (left, right)
 NAMES = ("cortex", "white", "deep")  # labels 1 and 2, 3 and 4, 5 and 6: left is odd
 # Steps and settings of each network, and an augmentation that does nothing.
 NETWORKS = {
@@ -45,12 +41,9 @@ PLAIN = ["augment.mirror_probability=0", "augment.rotation=0", "augment.scale=[1
 def side_table() -> np.ndarray:
     """Value of a manual region -> label, uint8 `(256,)`; other regions are background."""
     table = np.zeros(256, dtype=np.uint8)
-    for value in CORTEX:
-        table[value] = 1 if value % 2 else 2
-    for k, label in enumerate((3, 4)):
-        table[WHITE[k]] = label
-    for pair in DEEP:
-        table[list(pair)] = 5, 6
+    for first, pairs in zip((1, 3, 5), (CORTEX, [WHITE], DEEP), strict=True):
+        for pair in pairs:
+            table[list(pair)] = first, first + 1
     return table
 
 
@@ -108,15 +101,12 @@ def compare_flipped(run: Path, store: Store) -> None:
 
 def main() -> None:
     """Run all stages, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "data", "out").parse_args()
     out, store = options.out, options.out / "store"
     make_labels(options.data, out / "sides")
     files = ("data.images={t1: '*_SS.nii.gz'}", "data.label='*_sides.nii.gz'")
     names = (f"{side}_{name}" for name in NAMES for side in ("left", "right"))
-    labels = f"labels={{{', '.join(f'{k}: {name}' for k, name in enumerate(names, start=1))}}}"
+    labels = declared(dict(enumerate(names, start=1)))
     grid = ("prepare.midway=true", "prepare.spacing=3", "prepare.crop=[48,64,64]")
     asa("prepare", "data=folder", *files, labels, *grid, **{"data.root": out / "sides", "out": store})
     split = ("data.split.validation=0", "data.split.test=3", "train.log_every=10")

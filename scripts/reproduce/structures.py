@@ -4,13 +4,13 @@ DATA: skull-stripped brains, ID_SS.nii.gz, with the manual regions of the MICCAI
 package malf.templates carries such a set. OUT receives ID_SS.nii.gz (a link) and ID_structures.nii.gz.
 """
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from asa.data.io.nifti import read_image, read_label, write_label
-from scripts.reproduce.commands import asa, declared, quoted
+from scripts.reproduce.commands import asa, declared, parser_of, quoted
 
 # Names in the order of their values 1, 2, ..., with the values of both sides in ID_glm.
 STRUCTURES = {
@@ -30,19 +30,27 @@ LABELS = declared(dict(enumerate(STRUCTURES, start=1)))
 FILES = ("data=folder", "data.images={t1: *_SS.nii.gz}", "data.label=*_structures.nii.gz", LABELS)
 
 
-def write_structures(data: Path, out: Path, ids: list[str], image: str = "SS", regions: str = "glm") -> None:
-    """Write what `FILES` describes, for some subjects, from ID_IMAGE and ID_REGIONS; what is there is left as it is."""
+def write_structures(
+    data: Path,
+    out: Path,
+    ids: list[str],
+    image: str = "SS",
+    regions: str = "glm",
+    labels: Mapping[str, tuple[int, ...]] = STRUCTURES,
+    name: str = "structures",
+) -> None:
+    """Link ID_IMAGE of some subjects, and write ID_NAME with the values 1, 2, ... of labels, from ID_REGIONS, once."""
     out.mkdir(parents=True, exist_ok=True)
     for id in ids:
-        label, link = out / f"{id}_structures.nii.gz", out / f"{id}_{image}.nii.gz"
+        label, link = out / f"{id}_{name}.nii.gz", out / f"{id}_{image}.nii.gz"
         if not link.exists():
             link.symlink_to((data / link.name).resolve())
         if not label.exists():
             values = read_label(data / f"{id}_{regions}.nii.gz").data
-            joined = np.zeros(values.shape, np.uint8)
-            for value, sides in enumerate(STRUCTURES.values(), start=1):
-                joined[np.isin(values, sides)] = value
-            write_label(label, joined, read_image(link))
+            table = np.zeros(1 + max(values.max(), *(value for own in labels.values() for value in own)), np.uint8)
+            for value, own in enumerate(labels.values(), start=1):
+                table[list(own)] = value
+            write_label(label, table[values], read_image(link))
 
 
 def make_store(data: Path, out: Path, name: str, ids: list[str]) -> None:
@@ -66,10 +74,7 @@ def subjects(data: Path) -> list[str]:
 
 def main() -> None:
     """Write the labels of all brains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "data", "out").parse_args()
     ids = subjects(options.data)
     write_structures(options.data, options.out, ids)
     print(f"wrote {len(ids)} brains to {options.out}; asa-prepare with {' '.join(map(repr, FILES))}")

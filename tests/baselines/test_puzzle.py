@@ -11,8 +11,16 @@ import torch
 from ranks import losses
 from torch import Tensor
 
-from asa.baselines.pieces import CENTRE, cell_corners, cut, distant_permutations, other_cells, paste, piece_size
-from asa.baselines.puzzle import PuzzlePretraining
+from asa.baselines.puzzle import (
+    CENTRE,
+    PuzzlePretraining,
+    cell_corners,
+    cut,
+    distant_permutations,
+    other_cells,
+    paste,
+    piece_size,
+)
 from asa.baselines.puzzle_net import puzzle_tiny
 from asa.cli import finetune, pretrain
 from asa.data.loading.crops import sample_seed

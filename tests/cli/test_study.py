@@ -13,9 +13,9 @@ import yaml
 from asa.cli import COMMANDS, study
 from asa.cli.study import plan_stages, read_study, run_study
 from asa.config import as_overrides, compose
-from asa.data.datasets.recognise import recognise
+from asa.data.datasets.folder import recognise
 from asa.data.store import Store
-from asa.reporting import study as study_page
+from asa.reporting.pages import write_study as write_page
 from asa.tasks import run
 
 LABELS = {1: "csf", 2: "gm", 3: "wm"}
@@ -355,7 +355,7 @@ def test_the_page_says_how_scores_are_to_be_read(tmp_path: Path, monkeypatch: py
     (tmp_path / "network" / "evaluation" / "summary.json").write_text(json.dumps(summary))
     monkeypatch.chdir(tmp_path)
     row = {"name": "network", "typed": "asa-finetune", "out": "network", "seconds": 1, "finished": "2026-01-01"}
-    study_page.write_study(Path("study.html"), [row], [])
+    write_page(Path("study.html"), [row], [])
     page = Path("study.html").read_text()
     assert "Dice 0.500, mean of 1 labels and regions" in page and "warning: trained on s1" in page
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from stores import read_tree, write_tree
 
 from asa.cli import COMMANDS
-from asa.data.leakage import LeakedSubject, find_leaks, stored_digests, training_digests
-from asa.data.splits import write_split
+from asa.data.splits import LeakedSubject, find_leaks, stored_digests, training_digests, write_split
 from asa.training.checkpoint import read_weights
 from asa.training.checkpoint_files import find_weights
 

@@ -17,7 +17,8 @@ from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.splits import write_split
 from asa.data.store import Store, write_array
-from asa.evaluation.maps import evaluate_maps, voxel_scores
+from asa.evaluation.scans import voxel_scores
+from asa.evaluation.tables import evaluate_maps
 from asa.tasks.run import evaluate
 
 

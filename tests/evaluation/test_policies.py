@@ -15,12 +15,15 @@ from surface_distance import lookup_tables
 
 from asa.data.io.nifti import Volume
 from asa.evaluation import metrics
-from asa.evaluation.lesions import lesion_f1, lesion_recall, lesionwise_dice, lesionwise_hd95
 from asa.evaluation.metrics import (
     IN_SLICE,
     hd95,
     hd95_by_area,
     hd95_pooled,
+    lesion_f1,
+    lesion_recall,
+    lesionwise_dice,
+    lesionwise_hd95,
     sensitivity,
     surface_dice,
     surface_element_areas,

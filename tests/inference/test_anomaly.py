@@ -19,9 +19,18 @@ from asa.data.io.tables import read_rows
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings
 from asa.data.store import Store
-from asa.inference.anomaly import AnomalyMap, AnomalyScorer, HealthyReference, LabelScorer, read_pretrained
-from asa.inference.asymmetry import AsymmetryScorer
-from asa.inference.masked_prediction import BLUR, InpaintedBoxes, PredictedPatches, PredictionErrorScorer
+from asa.inference.anomaly import (
+    BLUR,
+    AnomalyMap,
+    AnomalyScorer,
+    AsymmetryScorer,
+    HealthyReference,
+    InpaintedBoxes,
+    LabelScorer,
+    PredictedPatches,
+    PredictionErrorScorer,
+    read_pretrained,
+)
 from asa.inference.preprocessing import exported
 from asa.inference.segmentation import Segmenter, sliding_window
 from asa.methods.pretrain import normalised

@@ -15,9 +15,9 @@ from asa.data.datasets import folder
 from asa.data.io.nifti import Volume, write_image
 from asa.data.loading.crops import JoinedSides
 from asa.data.preprocessing.cohort import prepare_cohort
-from asa.data.preprocessing.pipeline import distance_to_the_right, prepare_case, to_native
-from asa.data.preprocessing.settings import CohortSettings
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.midsagittal import distance_to_the_right
+from asa.data.preprocessing.pipeline import prepare_case, to_native
+from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store
 from asa.inference.label_maps import Outputs
 from asa.inference.segmentation import Segmenter

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from asa.data.preprocessing.steps import PrepareSettings
+from asa.data.preprocessing.settings import PrepareSettings
 from asa.inference.preprocessing import check_metadata
 
 GOOD: dict[str, Any] = {

@@ -26,11 +26,10 @@ from asa.data.preprocessing.pipeline import prepare_case, to_native
 from asa.data.preprocessing.resampling import sample_affine
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
 from asa.data.store import Store, entry_line, write_records
-from asa.inference.label_maps import Outputs
+from asa.inference.label_maps import Outputs, expected_dice
 from asa.inference.preprocessing import ScanPreprocessor, training_scan_metadata
 from asa.inference.scans import stored_scans
 from asa.inference.segmentation import PredictSettings, Segmenter, count_windows, sliding_window
-from asa.inference.uncertainty import expected_dice
 from asa.settings import UNCERTAINTIES
 from asa.training.checkpoint import read_weights, save_checkpoint
 from asa.training.checkpoint_files import find_weights
@@ -632,7 +631,7 @@ def test_the_volume_of_the_brain_mask_is_listed_where_the_scan_was_stripped(
 ) -> None:
     path, out = a_scan(tmp_path), tmp_path / "out"
     mask = read_image(path).data > 500
-    monkeypatch.setattr("asa.data.preprocessing.steps.brain_mask", lambda method, image, affine: image > 500)
+    monkeypatch.setattr("asa.data.preprocessing.pipeline.brain_mask", lambda method, image, affine: image > 500)
     given = (f"checkpoint={run}", f"input={path}", "predict.device=cpu")
     assert call(predict, monkeypatch, *given, f"out={out}", "strip=deepbet") == 0
     (row,) = read_rows(out / "volumes.csv")

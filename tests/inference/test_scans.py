@@ -10,7 +10,7 @@ from untrained import a_scan, checkpoint
 
 import asa
 from asa.data.datasets import bids
-from asa.data.datasets.recognise import recognise
+from asa.data.datasets.folder import recognise
 from asa.inference.scans import raw_scans
 
 LABEL_MAPS = [

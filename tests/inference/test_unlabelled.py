@@ -10,10 +10,9 @@ from conftest import LABELS, write_brain
 from stores import with_subjects, without_labels
 
 from asa.data.datasets import folder
-from asa.data.leakage import training_digests
 from asa.data.preprocessing.cohort import prepare_cohort
 from asa.data.preprocessing.settings import CohortSettings, PrepareSettings
-from asa.data.splits import write_split
+from asa.data.splits import training_digests, write_split
 from asa.data.store import Store
 from asa.inference import unlabelled
 from asa.inference.atlas import Atlas

@@ -17,9 +17,8 @@ from asa.data.store import Store
 from asa.losses import contrastive
 from asa.losses.contrastive import NTXent, SymmetryLoss
 from asa.methods.sa_swin import SASwinPretraining, partners, proxy_metrics
-from asa.models.sa_swin import MAP_LEVEL, SASwin, sa_swin_tiny
+from asa.models.sa_swin import MAP_LEVEL, SASwin, SymmetryAwareBlock, SymmetryAwareCrossAttention, sa_swin_tiny
 from asa.models.sa_swin_unet import sa_swin_unet_tiny
-from asa.models.saca import SymmetryAwareBlock, SymmetryAwareCrossAttention
 from asa.ops.patches import random_boxes
 from asa.ops.symmetry import asymmetry, flip, mirrored_start, pad_to_multiple, rotate_about_left_right
 from asa.training.distributed import is_main, process_group

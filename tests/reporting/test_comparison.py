@@ -21,7 +21,7 @@ from asa.evaluation.comparison import HEADINGS, comparison_table, latex_table, m
 from asa.evaluation.policies import get_policy
 from asa.evaluation.statistics import detectable_difference, holm, smallest_holm, wilcoxon_p
 from asa.evaluation.summary import describe
-from asa.reporting import comparison as reporting
+from asa.reporting import evaluation as reporting
 from asa.reporting.figures import GAP
 from asa.tasks.evaluation import compare_folders, evaluate_folder
 

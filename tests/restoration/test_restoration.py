@@ -15,11 +15,9 @@ from asa.cli import evaluate, finetune, predict
 from asa.data.loading.loader import collate
 from asa.inference.segmentation import PredictSettings
 from asa.models.unet import unet_tiny
-from asa.restoration.evaluation import evaluate_pictures
+from asa.restoration.evaluation import evaluate_pictures, score_image
 from asa.restoration.images import read_picture, write_picture, write_regions
-from asa.restoration.inference import restore_image, tiles
-from asa.restoration.measures import score_image
-from asa.restoration.method import Restoration
+from asa.restoration.method import Restoration, restore_image, tiles
 from asa.restoration.pairs import PairDataset, find_pairs
 from asa.restoration.rat import rat_tiny
 from asa.restoration.restormer import Restormer

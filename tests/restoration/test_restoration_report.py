@@ -14,9 +14,8 @@ import pytest
 from asa.cli import evaluate as evaluate_command
 from asa.evaluation.comparison import latex_table
 from asa.evaluation.policies import restoration_policy
-from asa.restoration.evaluation import evaluate_pictures
+from asa.restoration.evaluation import _fitted, error_map, error_scale, evaluate_pictures, image_panel
 from asa.restoration.images import write_picture
-from asa.restoration.report import _fitted, error_map, error_scale, image_panel
 from asa.tasks.evaluation import compare_folders
 
 pytest.importorskip("PIL")

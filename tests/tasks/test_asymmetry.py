@@ -20,8 +20,8 @@ from asa.data.store import Store, write_array
 from asa.evaluation.statistics import in_interval
 from asa.evaluation.tables import matched
 from asa.export.onnx import export_onnx
-from asa.inference.anomaly import AnomalyMap, HealthyReference, read_pretrained
-from asa.inference.asymmetry import TABLE, AsymmetryScorer
+from asa.inference.anomaly import ASYMMETRY_TABLE as TABLE
+from asa.inference.anomaly import AnomalyMap, AsymmetryScorer, HealthyReference, read_pretrained
 from asa.inference.segmentation import PredictSettings, Segmenter
 from asa.models.sa_swin import SASwin
 from asa.models.swin import Swin

@@ -23,7 +23,7 @@ from asa.data.io.tables import read_rows, write_numbers
 from asa.data.splits import read_split
 from asa.data.store import Store
 from asa.inference.features import FeatureExtractor
-from asa.reporting.probe import _figure, write_probe
+from asa.reporting.plots import _probe_figure, write_probe
 
 SCANS = 16
 SMALL = ("model=asa_tiny", "crop=32", "+model.embed_dim=24", "+model.num_heads=2", "model.decoder_depth=1")
@@ -255,7 +255,7 @@ def test_a_planted_age_is_read_and_a_planted_site_raises_an_alarm(
 
 def test_the_figure_of_a_probe_has_predicted_against_true_and_residuals_by_site() -> None:
     truth, predicted = np.array([20.0, 30.0, 40.0, 50.0]), np.array([22.0, 31.0, 38.0, 49.0])
-    left, right = _figure("age", truth, predicted, ("site", ["A", "B", "A", "B"])).axes
+    left, right = _probe_figure("age", truth, predicted, ("site", ["A", "B", "A", "B"])).axes
     assert np.array_equal(left.collections[0].get_offsets(), np.stack([truth, predicted], axis=1))
     assert left.get_ylabel() == "age, predicted" and np.array_equal(left.lines[0].get_xdata(), [20, 50])
     drawn = [points.get_offsets()[:, 0].tolist() for points in right.collections]

@@ -28,7 +28,7 @@ from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import call, configure
 from asa.training.checkpoint import read_description, read_weights
 from asa.training.checkpoint_files import find_weights
-from asa.training.run_log import Meter
+from asa.training.steps import Meter
 from tests.ranks import log, ranks
 from tests.stores import read_tree, with_subjects, write_tree
 

@@ -9,7 +9,7 @@ import torch
 
 import asa
 from asa.config import build
-from asa.data.leakage import training_digests
+from asa.data.splits import training_digests
 from asa.data.store import Store
 from asa.tasks.pretraining import Pretraining
 from asa.tasks.run import configure

@@ -17,9 +17,8 @@ from asa.restoration.regions import find_varlen, runs_varlen
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
 from asa.training.checkpoint_files import list_checkpoints
 from asa.training.device import Backend
-from asa.training.gpu_check import step_peak
 from asa.training.loop import train
-from asa.training.plan import volume_batch
+from asa.training.plan import step_peak, volume_batch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of the checkout, not of the package
 simulation = importlib.import_module("scripts.simulate_cuda")

@@ -9,10 +9,9 @@ from asa.cli import pretrain
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.settings import OptimSettings, TrainSettings
-from asa.training import gpu_check
+from asa.training import plan
 from asa.training.device import Backend
-from asa.training.gpu_check import check_gpu, fit_line, preflight
-from asa.training.plan import volume_batch
+from asa.training.plan import check_gpu, fit_line, preflight, volume_batch
 
 GPU = torch.device("cuda")
 
@@ -40,7 +39,7 @@ def test_commands_check_the_gpu_before_they_start(gpu, store, tmp_path, monkeypa
     assert pretrain.main() == 1 and "sm_70" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     gpu((7, 0), ["sm_70"])
-    monkeypatch.setattr(gpu_check, "step_peak", lambda *given: 2**30)
+    monkeypatch.setattr(plan, "step_peak", lambda *given: 2**30)
     (line,) = preflight(
         lambda: MaskedPretraining(model=asa_tiny(img_size=32)),
         lambda m: volume_batch(m, 2),

@@ -13,9 +13,9 @@ from asa.inference.segmentation import sliding_window
 from asa.models.kernels import InstanceNorm
 from asa.settings import OptimSettings, PredictSettings
 from asa.training.device import PRECISIONS, autocast, on_device
-from asa.training.nonfinite import NonFiniteGuard
 from asa.training.optim import EMA, make_optimizer
 from asa.training.run_log import SilentLog
+from asa.training.steps import NonFiniteGuard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script of the checkout, not of the package
 simulation = importlib.import_module("scripts.simulate_cuda")

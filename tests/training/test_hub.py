@@ -15,7 +15,7 @@ from untrained import a_scan, call, checkpoint, voxels
 import asa
 from asa.cli import export, predict
 from asa.data.io.files import read_json, sha256_of, write_json
-from asa.data.leakage import stored_digests
+from asa.data.splits import stored_digests
 from asa.evaluation.policies import get_policy
 from asa.evaluation.summary import CaseRow, summarise
 from asa.export.hub import export_hub

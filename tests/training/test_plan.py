@@ -27,7 +27,6 @@ from asa.models.unet import unet_tiny
 from asa.restoration.method import Restoration
 from asa.restoration.rat import rat_tiny
 from asa.settings import OptimSettings, TrainSettings
-from asa.training import gpu_check
 from asa.training import plan as planning
 from asa.training.device import Backend
 from asa.training.plan import _duration, count_operations, make_plan, plan_report, show_plan, volume_batch
@@ -184,17 +183,17 @@ def test_on_a_gpu_the_memory_of_real_steps_is_measured(kind: str, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     steps = []
-    monkeypatch.setattr(gpu_check.EMA, "update", lambda self, step: steps.append(step))
+    monkeypatch.setattr(planning.EMA, "update", lambda self, step: steps.append(step))
     backend, example = Backend(torch.device("cpu"), torch.float32), lambda method: batch_on("meta", kind=kind)
     if kind == "restore":
         example = lambda method: batch_on("cpu", kind=kind)  # noqa: E731
     settings = replace(SETTINGS, accumulate=2)
-    assert gpu_check.step_peak(maker(kind), example, settings, OPTIM, backend) == 3 * 2**30 and steps == [1, 2]
+    assert planning.step_peak(maker(kind), example, settings, OPTIM, backend) == 3 * 2**30 and steps == [1, 2]
 
     def out_of_memory(method: nn.Module) -> None:
         raise torch.OutOfMemoryError
 
-    assert gpu_check.step_peak(maker(kind), out_of_memory, settings, OPTIM, backend) is None
+    assert planning.step_peak(maker(kind), out_of_memory, settings, OPTIM, backend) is None
 
 
 def test_a_plan_on_a_gpu_shows_the_measured_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,11 +42,11 @@ from asa.training.checkpoint import (
 )
 from asa.training.device import Backend
 from asa.training.loop import train
-from asa.training.nonfinite import NonFiniteGuard, RunningStatistics
 from asa.training.optim import EMA
 from asa.training.process import RESUME_CODE, StopNow, Stopped, stop_signals
 from asa.training.run_folder import open_run, unfinished
 from asa.training.run_log import RunLog, SilentLog
+from asa.training.steps import NonFiniteGuard, RunningStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of scripts, which are of the checkout and not of the package
 

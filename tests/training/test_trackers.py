@@ -15,11 +15,11 @@ import yaml
 
 from asa.config import compose
 from asa.settings import OptimSettings, TrainSettings
-from asa.training import trackers
+from asa.training import run_log
 from asa.training.loop import check_settings
 from asa.training.run_folder import FREE_ON_RESUME
-from asa.training.run_log import Meter, RunLog
-from asa.training.trackers import allowed
+from asa.training.run_log import RunLog, allowed
+from asa.training.steps import Meter
 
 Rows = list[tuple[int, dict[str, float]]]
 
@@ -87,7 +87,7 @@ def test_a_log_makes_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_tracker_gets_the_rows_of_the_log_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(trackers.TRACKERS, "fake", Fake)
+    monkeypatch.setitem(run_log.TRACKERS, "fake", Fake)
     write_rows(tmp_path / "run", ["fake"])
     assert Fake.last.rows == logged(tmp_path / "run") and len(Fake.last.rows) == 6
     assert Fake.last.drawn == [(step, "image, truth") for step in range(1, 6)] and Fake.last.closed
@@ -100,8 +100,8 @@ def test_a_tracker_that_raises_costs_one_warning_and_no_row(
     def broken(*_: object) -> None:
         raise RuntimeError("quota\nexceeded")
 
-    monkeypatch.setitem(trackers.TRACKERS, "fake", type("Broken", (Fake,), {fails: broken}))
-    monkeypatch.setitem(trackers.TRACKERS, "sound", Fake)
+    monkeypatch.setitem(run_log.TRACKERS, "fake", type("Broken", (Fake,), {fails: broken}))
+    monkeypatch.setitem(run_log.TRACKERS, "sound", Fake)
     write_rows(tmp_path / "run", ["fake", "sound"])
     assert len(logged(tmp_path / "run")) == 6 and Fake.last.rows == logged(tmp_path / "run")
     out = capsys.readouterr().out
@@ -117,9 +117,9 @@ def test_a_tracker_that_hangs_costs_one_warning_and_no_row(
     def hanging(*_: object) -> None:
         released.wait()
 
-    monkeypatch.setattr(trackers, "WAITING", 3)
-    monkeypatch.setattr(trackers, "PATIENCE", 0.05)
-    monkeypatch.setitem(trackers.TRACKERS, "fake", type("Hanging", (Fake,), {hangs: hanging}))
+    monkeypatch.setattr(run_log, "WAITING", 3)
+    monkeypatch.setattr(run_log, "PATIENCE", 0.05)
+    monkeypatch.setitem(run_log.TRACKERS, "fake", type("Hanging", (Fake,), {hangs: hanging}))
     monkeypatch.setattr(Fake, "picture", lambda *_: None)
     write_rows(tmp_path / "run", ["fake"])  # ends, although the tracker never does
     assert not released.is_set() and len(logged(tmp_path / "run")) == 6
@@ -150,8 +150,8 @@ def test_the_settings_of_a_run_are_told_by_dotted_key_and_those_of_the_network_o
     network = {"depth": 2, "position": None}
     settings = {"model": network, "method": {"model": network, "mask_ratio": 0.75}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert trackers.configuration(tmp_path) == {"model.depth": 2, "model.position": "None", "method.mask_ratio": 0.75}
-    assert trackers.configuration(tmp_path / "elsewhere") == {}
+    assert run_log.configuration(tmp_path) == {"model.depth": 2, "model.position": "None", "method.mask_ratio": 0.75}
+    assert run_log.configuration(tmp_path / "elsewhere") == {}
 
 
 def test_mlflow_holds_the_rows_of_the_log_in_one_run_that_is_resumed_without_a_network(
@@ -159,7 +159,7 @@ def test_mlflow_holds_the_rows_of_the_log_in_one_run_that_is_resumed_without_a_n
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     pytest.importorskip("sqlalchemy", reason="mlflow-skinny has no local database")
-    monkeypatch.setattr(trackers, "PATIENCE", 600)  # a busy machine takes a minute to import it
+    monkeypatch.setattr(run_log, "PATIENCE", 600)  # a busy machine takes a minute to import it
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
     def refused(*_: object) -> None:
@@ -184,7 +184,7 @@ def test_wandb_writes_the_rows_of_the_log_to_the_run_folder_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    monkeypatch.setattr(trackers, "PATIENCE", 600)
+    monkeypatch.setattr(run_log, "PATIENCE", 600)
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"

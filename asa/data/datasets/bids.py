@@ -1,5 +1,6 @@
 """BIDS datasets and derivatives: one image per channel of each session, or run, of a subject."""
 
+import itertools
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -33,9 +34,10 @@ def records(
 
     With one channel each run is a scan with the id sub-XX[_ses-YY][_run-ZZ]. With several channels each session is a
     scan, and a channel that it lacks is None. The subject is sub-XX, so that all its sessions are in one part of a
-    split. The site is read from a column `site` of participants.tsv. Warnings say which subjects have no such file,
-    which scans the required values leave out, where `channels` would have more than the T1w, and which derivatives have
-    the label maps if `label_root` has none.
+    split. The site is read from a column `site` of participants.tsv. A missing label map has the path expected from the
+    entities of the image. A scan with several files for one channel has a `problem` that names the entities in which
+    they differ. Warnings say which subjects have no such file, which scans the required values leave out, where
+    `channels` would have more than the T1w, and which derivatives have the label maps if `label_root` has none.
 
     Args:
         root: of the dataset, or of one derivative.
@@ -47,10 +49,6 @@ def records(
             A file without a run, or a label map without desc, matches any value, if there is none with the value.
         entities: required values of any entity by its short name, like `{"rec": "norm"}`; None for files without it.
 
-    Returns:
-        Records, in which a missing label map has the path expected from the entities of the image. A scan with several
-        files for one channel has a `problem` that names the entities that distinguish them.
-
     Raises:
         ValueError: an entity whose value is given twice.
     """
@@ -58,7 +56,7 @@ def records(
     channels = channels or CHANNELS
     wanted = {"ses": session, "run": run, "acq": acq, "desc": desc, "space": space}
     chosen: dict[str, str | None] = {entity: str(value) for entity, value in wanted.items() if value is not None}
-    for entity, value in (entities or {}).items():  # None for files without it
+    for entity, value in (entities or {}).items():
         if entity in chosen:
             raise ValueError(f"data.entities: {entity} has a value of its own, {chosen[entity]}: give one of the two")
         chosen[entity] = None if value is None else str(value)
@@ -108,13 +106,8 @@ def records(
 
 def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str]) -> list[tuple[str, Path]]:
     """Scan, named by its entities `keys`, and path of each file; of one with a name that is not of BIDS the problem."""
-    patterns = [
-        f"{above}sub-*/{session}{folder}/sub-*_{suffix}.nii{gz}"
-        for above in ("", "subjects/")
-        for session in ("", "ses-*/")
-        for folder in FOLDERS
-        for gz in ("", ".gz")
-    ]
+    parts = itertools.product(("", "subjects/"), ("", "ses-*/"), FOLDERS, ("", ".gz"))
+    patterns = [f"{above}sub-*/{session}{folder}/sub-*_{suffix}.nii{gz}" for above, session, folder, gz in parts]
     found = []
     for path in matching_files(root, *patterns):
         entities, stem = _placed(path), _stem(path)
@@ -123,10 +116,8 @@ def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str
         scan = scan_of(entities, keys)
         wrong = [part for part in stem.split("_") if part[:4] in NAMING and not _ENTITY.fullmatch(part)]
         if wrong and is_utf8(path.name):
-            scan = stem
-            problems[scan] = (
-                f"{path.name}: {wrong[0]} is no entity of BIDS, whose values have only letters and digits: rename it"
-            )
+            scan, what = stem, f"{path.name}: {wrong[0]} is no entity of BIDS"
+            problems[scan] = f"{what}, whose values have only letters and digits: rename it"
         found.append((scan, path))
     return found
 
@@ -134,10 +125,7 @@ def _files(root: Path, suffix: str, keys: Sequence[str], problems: dict[str, str
 def _choose(
     files: list[tuple[str, Path]], chosen: Mapping[str, str | None], problems: dict[str, str], labels: bool = False
 ) -> dict[str, Path]:
-    """Scan -> the file with the chosen values.
-
-    A run, and the desc of label maps, may lack; a file that has the value is taken first.
-    """
+    """Scan -> the file with the chosen values, if possible with a run, and of label maps a desc, which may lack."""
     optional = ("run", "desc") if labels else ("run",)
 
     def lacking(path: Path) -> int:
@@ -159,35 +147,27 @@ def _warn_of_others(
 ) -> None:
     """Warn of scans that the chosen values leave out, and of subjects without any."""
     if scans and (left := sorted(everything - scans)):
-        warnings.warn(
-            f"{root}: {_text(chosen)} leaves out {len(left)} of {len(everything)} scans, like {left[0]}", stacklevel=3
-        )
+        told = f"{_text(chosen)} leaves out {len(left)} of {len(everything)} scans, like {left[0]}"
+        warnings.warn(f"{root}: {told}", stacklevel=3)
     having = {scan.split("_")[0] for scan in everything}
     folders = {path.name for above in ("", "subjects/") for path in root.glob(f"{above}sub-*/")}
     if having and (without := sorted(folders - having)):
-        warnings.warn(
-            f"{root}: {len(without)} of {len(folders)} subjects have no {names} in anat, like {without[0]}",
-            stacklevel=3,
-        )
+        told = f"{len(without)} of {len(folders)} subjects have no {names} in anat, like {without[0]}"
+        warnings.warn(f"{root}: {told}", stacklevel=3)
 
 
 def _warn_of_channels(root: Path, keys: Sequence[str], scans: set[str]) -> None:
     """Warn of images of other contrasts beside the T1w, which would be channels of the same scans."""
     images = _files(root, "*", keys, {})  # once, as a large dataset takes long
-    found = {
-        name: {scan for scan, path in images if path.name.partition(".")[0].endswith(f"_{suffix}")} & scans
-        for name, suffix in OTHERS.items()
-    }
-    if more := {name: len(having) for name, having in found.items() if having}:
-        counts = ", ".join(f"{OTHERS[name]} ({count})" for name, count in more.items())
-        channels = ", ".join(
-            f"{name}: {suffix}" for name, suffix in {**CHANNELS, **{k: OTHERS[k] for k in more}}.items()
-        )
-        warnings.warn(
-            f"{root}: only the T1w are read; of {len(scans)} scans some also have {counts}: for these too, give "
-            f"'data.channels={{{channels}}}'",
-            stacklevel=3,
-        )
+    more, counts = dict(CHANNELS), []
+    for name, suffix in OTHERS.items():
+        if having := {scan for scan, path in images if path.name.partition(".")[0].endswith(f"_{suffix}")} & scans:
+            more[name] = suffix
+            counts.append(f"{suffix} ({len(having)})")
+    if counts:
+        channels = ", ".join(f"{name}: {suffix}" for name, suffix in more.items())
+        told = f"only the T1w are read; of {len(scans)} scans some also have {', '.join(counts)}"
+        warnings.warn(f"{root}: {told}: for these too, give 'data.channels={{{channels}}}'", stacklevel=3)
 
 
 def _text(chosen: Mapping[str, str | None]) -> str:
@@ -214,19 +194,18 @@ def scan_of(entities: Mapping[str, str], keys: Sequence[str] = ("sub", "ses", "r
 
 
 def _placed(path: Path) -> dict[str, str]:
-    """The entities of a file; a session that only the folders name is taken from them."""
+    """The entities of a file, with a session that only the folders name."""
     found, session = entities_of(path), path.parent.parent.name
     return {**found, "ses": session[4:]} if "ses" not in found and session.startswith("ses-") else found
 
 
 def _stem(path: Path) -> str:
-    """The name of a file without suffix and ending."""
     return path.name.rpartition("_")[0]
 
 
 def _ambiguous(scan: str, one: Path, other: Path, labels: bool) -> str:
     first, second = _placed(one), _placed(other)
-    differ = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    differ = [key for key in first | second if first.get(key) != second.get(key)]
     choices = " or ".join(_choice(path, key, labels) for key in differ for path in (one, other))
     remedy = f"for all scans choose {choices}, or remove one of them" if differ else "remove one of them"
     return f"{scan}: both {one.name} and {other.name} match; {remedy}"
@@ -253,8 +232,7 @@ def _sites(root: Path, subjects: Collection[str]) -> dict[str, str]:
         warnings.warn(f"{path}: no site is read: its columns, by tabs, are {found}, not participant_id", stacklevel=3)
     if not {"participant_id", "site"} <= columns.keys():
         return {}
-    sites: dict[str, str] = {}
-    several: list[str] = []
+    sites, several = dict[str, str](), list[str]()
     for row in read_rows(path):
         subject, site = row[columns["participant_id"]], row[columns["site"]]
         if site not in EMPTY and sites.setdefault(subject, site) != site:

@@ -12,7 +12,6 @@ from asa.data.datasets.record import Record, existing_folder, find_file, label_f
 from asa.data.io.files import matching_files
 
 LABELS = {2021: {1: "necrosis", 2: "oedema", 4: "enhancing"}, 2023: {1: "necrosis", 2: "oedema", 3: "enhancing"}}
-CONFIGS = {2021: "brats", 2023: "brats23"}  # data=
 # Endings of the channels, in stored order, and of the label map.
 CHANNELS = {
     2021: {"t1": "_t1", "t1ce": "_t1ce", "t2": "_t2", "flair": "_flair"},
@@ -26,13 +25,12 @@ _NAMES = {2021: re.compile(r"(BraTS2021_\d+)"), 2023: re.compile(r"(BraTS-[A-Za-
 def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[Record]:
     """Records of the folders NAME with `NAME_t1.nii.gz`, ... (2021) or `NAME-t1n.nii.gz`, ... (since 2023).
 
+    The channels are t1, t1ce, t2, flair. Since 2023 time points are scans of one subject.
+
     Args:
         root: folder that contains the folders of the scans, or its parent.
         year: 2021, or 2023 for the names and label values since then. Checked against the names of the folders.
         label: False for scans without label maps.
-
-    Returns:
-        Records with the channels t1, t1ce, t2, flair. Since 2023 time points are scans of one subject.
 
     Raises:
         ValueError: names of another year than `year` or of both.
@@ -48,7 +46,7 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
         if _NAMES[other].fullmatch(name):
             raise ValueError(
                 f"{folder}: has a name of {other}, whose label values differ from those of {year}; use "
-                f"data={CONFIGS[other]}, and keep the years in separate folders"
+                f"data={'brats23' if other == 2023 else 'brats'}, and keep the years in separate folders"
             )
         if not (match := _NAMES[year].fullmatch(name)):
             strange.append(name)
@@ -57,8 +55,7 @@ def records(root: str | Path, *, year: int = 2021, label: bool = True) -> list[R
         truth = label_file(f"{stem}{LABEL_FILES[year]}") if label else None
         result.append(make_record(name, match.group(1), images, label=truth))
     if strange and result:
-        warnings.warn(
-            f"{root}: {len(strange)} folders with other names are left out, like {min(strange)}", stacklevel=2
-        )
+        told = f"{len(strange)} folders with other names are left out, like {min(strange)}"
+        warnings.warn(f"{root}: {told}", stacklevel=2)
     example = "BraTS2021_00000" if year == 2021 else "BraTS-GLI-00000-000"
     return sorted_records(result, source=f"{example}/{example}{CHANNELS[year]['t1']}.nii.gz, ... below {root}")

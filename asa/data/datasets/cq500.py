@@ -80,8 +80,8 @@ def records(root: str | Path, *, reads: str | Path | None = None, finding: str =
 
 def _title(row: Row) -> str:
     """The folder of a series, which is called as the series, with that of its study."""
-    above = Path(row["source"])
-    return f"{above.parent.parent.name}/{above.name}"
+    source = Path(row["source"])
+    return f"{source.parent.parent.name}/{source.name}"
 
 
 def _unfit(row: Row) -> str:

@@ -1,26 +1,22 @@
-"""Any folder of images: a glob for each channel, or a CSV or JSON table."""
+"""Any folder of images: a glob for each channel, or a CSV or JSON table; and which reader a folder is for."""
 
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.record import (
-    SUBJECT,
-    Record,
-    existing_folder,
-    is_label_map,
-    make_record,
-    sorted_records,
-    subject_of,
-)
-from asa.data.io.files import matching_files, read_json
+from asa.data.datasets import nnunet
+from asa.data.datasets.record import SUBJECT, Record, existing_folder, is_label_map, make_record, named_records
+from asa.data.io.files import VOLUME_ENDINGS, matching_files, read_json
 from asa.data.io.tables import check_capitals, read_rows
 
 IMAGES = "'data.images={t1: *_T1.nii.gz}'"  # an example for messages
 COLUMNS = ("id", "subject", "site", "label")  # of a table; all other columns are channels
+BY_HAND = "prepare it by asa-prepare, which reads more layouts, and give asa run the store in place of the folder"
+_WILDCARD = re.compile(r"\*\*/|\*|\?|\[[^\]]+\]")
 
 
 def records(
@@ -43,8 +39,8 @@ def records(
         images: channel name -> glob, like `{"t1": "*_T1.nii.gz"}`; with `table`, channel name -> column.
         label: glob of the label maps; None for an unlabelled cohort.
         subject: regular expression searched in the id, whose group 1 is the subject; None: see `subject_of`.
-        table: CSV or JSON list with the columns id, subject (optional), site (optional), label (optional) and one per
-            channel; paths are relative to the table.
+        table: CSV or JSON list with the column id, subject, site and label if known, and one per channel; paths are
+            relative to the table.
 
     Raises:
         ValueError: neither a root nor a table, a scan without the first channel, a glob that matches no scan, different
@@ -64,17 +60,7 @@ def records(
         if not isinstance(images, Mapping):
             raise ValueError(f"data.images={images}: give the file pattern of each channel by its name, like {IMAGES}")
         found, source = _from_globs(root, images, label), f"{next(iter(images.values()))!r} below {root}"
-    name_subjects(found, subject)
-    return sorted_records(found, source=source)
-
-
-def name_subjects(found: Iterable[Record], subject: str | None) -> None:
-    """Set the subject of each record to `subject_of` its id, or its `problem`; None keeps one that is not the id."""
-    for record in (one for one in found if subject is not None or one["subject"] == one["id"]):
-        try:
-            record["subject"] = subject_of(record["id"], subject)
-        except ValueError as error:
-            record["problem"] = str(error)
+    return named_records(found, subject, source=source)
 
 
 def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> list[Record]:
@@ -99,9 +85,9 @@ def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> lis
 
 
 def _subject(glob: str, texts: tuple[str, ...]) -> str:
-    """What `SUBJECT` finds in the folders of a scan, in its id, or in its path up to the last wildcard; else the id.
+    """What `SUBJECT` finds in the folders of a scan from the first wildcard on, its id or its path; else the id.
 
-    So that sub-*/ses-*/T1.nii.gz finds sub-01. Folders above the first wildcard are not part of it.
+    So sub-*/ses-*/T1.nii.gz finds sub-01.
     """
     wildcards = list(_WILDCARD.finditer(glob))
     path = _fill(glob[glob.rfind("/", 0, wildcards[0].start()) + 1 : wildcards[-1].end()], texts)
@@ -113,7 +99,6 @@ def _subject(glob: str, texts: tuple[str, ...]) -> str:
 def _check_match(
     root: Path, name: str, globs: Mapping[str, str], matches: Mapping[str, Mapping[tuple[str, ...], Path]]
 ) -> None:
-    """Check that the glob of this name can match the same scans as the first one."""
     first = next(iter(globs))
     glob, files, first_glob, first_files = globs[name], matches[name], globs[first], matches[first]
     if len(_WILDCARD.findall(glob)) != len(_WILDCARD.findall(first_glob)):
@@ -128,20 +113,16 @@ def _check_match(
             "and are read as scans: give a narrower pattern",
             stacklevel=2,
         )
-    lone = sorted(files.keys() - first_files.keys())
-    if lone and name != "label":
+    if not (lone := sorted(files.keys() - first_files.keys())):
+        return
+    id = join_texts(lone[0])
+    if name != "label":
         raise ValueError(
-            f"{join_texts(lone[0])}: no {first} for this and {len(lone) - 1} other scans with {name} by "
-            f"{first_glob!r} below {root}; add the files, put a channel that no scan lacks first, or give a table"
+            f"{id}: no {first} for this and {len(lone) - 1} other scans with {name} by {first_glob!r} below {root}; "
+            "add the files, put a channel that no scan lacks first, or give a table"
         )
-    if lone:
-        warnings.warn(
-            f"{root}: {len(lone)} of {len(files)} label maps by {glob!r} belong to no scan, like {join_texts(lone[0])}",
-            stacklevel=2,
-        )
-
-
-_WILDCARD = re.compile(r"\*\*/|\*|\?|\[[^\]]+\]")
+    told = f"{len(lone)} of {len(files)} label maps by {glob!r} belong to no scan, like {id}"
+    warnings.warn(f"{root}: {told}", stacklevel=2)
 
 
 def has_wildcard(glob: str) -> bool:
@@ -155,11 +136,7 @@ def join_texts(texts: tuple[str, ...]) -> str:
 
 
 def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
-    """Wildcard texts -> absolute path of all files that a glob matches, except names that start with a dot.
-
-    Raises:
-        ValueError: the glob has no wildcard.
-    """
+    """Wildcard texts -> absolute path of all files, but hidden ones, that a glob, which needs a wildcard, matches."""
     if not has_wildcard(glob):
         raise ValueError(f"{root}: glob {glob!r} has no wildcard; put a * where the names of the scans differ")
     known = {"**/": r"((?:[^/]+/)*)", "*": r"([^/]*)", "?": r"([^/])"}
@@ -168,19 +145,15 @@ def find_files(root: Path, glob: str) -> dict[tuple[str, ...], Path]:
     pattern = re.compile("".join(itertools.chain(*zip(literals, [*groups, ""], strict=True))))
     files: dict[tuple[str, ...], Path] = {}
     for path in matching_files(root, glob):
-        relative = path.relative_to(root).as_posix()
-        match = pattern.fullmatch(relative)
-        if match is not None and not any(part.startswith(".") for part in relative.split("/")):
+        relative = path.relative_to(root)
+        match = pattern.fullmatch(relative.as_posix())
+        if match is not None and not any(part.startswith(".") for part in relative.parts):
             files[tuple(text.strip("/") for text in match.groups())] = path.absolute()
     return files
 
 
 def files_by_id(pattern: str | Path) -> dict[str, Path]:
-    """Id -> file of a path whose wildcards stand for the id, like scans/*_T1.nii.gz.
-
-    Raises:
-        FileNotFoundError, ValueError: see `records`.
-    """
+    """Id -> file of a path whose wildcards stand for the id, like scans/*_T1.nii.gz; errors as of `records`."""
     parts = Path(pattern).parts
     first = next((k for k, part in enumerate(parts) if has_wildcard(part)), len(parts) - 1)
     found = records(Path(*parts[:first]), images={"image": "/".join(parts[first:])})
@@ -188,21 +161,15 @@ def files_by_id(pattern: str | Path) -> dict[str, Path]:
 
 
 def matching_globs(first: Sequence[str], second: Sequence[str]) -> tuple[str, str, int] | None:
-    """A glob for each of two lists of file names, whose * stand for the same texts in as many names as possible.
+    """A glob for each of two lists of file names, whose * stand for the same texts, and the number of these.
 
-    The * stands for whole words, between _, - and dots; the longest of several that match as many.
-
-    Returns:
-        Both globs and the number of texts that they share; None where that is less than half of the shorter list.
+    The * stands for whole words, between _, - and dots: of all globs those that share most texts, then the longest.
+    None where they share less than half of the shorter list.
     """
-    best: tuple[tuple[int, int], tuple[str, str, int]] | None = None
-    sides = [_spans(names) for names in (first, second)]
-    for (glob, texts), (other, other_texts) in itertools.product(*(side.items() for side in sides)):
-        shared = len(texts & other_texts)
-        rank = (shared, -len(glob) - len(other))
-        if 2 * shared >= min(len(first), len(second)) and (best is None or rank > best[0]):
-            best = rank, (glob, other, shared)
-    return best[1] if best else None
+    sides = [_spans(names).items() for names in (first, second)]
+    pairs = [(glob, other, len(texts & theirs)) for (glob, texts), (other, theirs) in itertools.product(*sides)]
+    best = max(pairs, key=lambda pair: (pair[2], -len(pair[0]) - len(pair[1])))
+    return best if 2 * best[2] >= min(len(first), len(second)) else None
 
 
 def _spans(names: Sequence[str]) -> dict[str, set[str]]:
@@ -230,10 +197,10 @@ def _from_table(path: Path, images: Mapping[str, str] | None) -> list[Record]:
     names = list(dict.fromkeys(name for row in rows for name in row))  # JSON rows may omit empty columns
     columns = images or {name: name for name in names if name not in COLUMNS}
     check_capitals(path, names, (*COLUMNS, *columns.values()))
-    unknown = [column for column in columns.values() if column not in names]
-    if rows and (unknown or not columns):
+    unknown = [column for column in columns.values() if column not in names] or ([] if columns else ["t1"])
+    if rows and unknown:
         raise ValueError(
-            f"{path}: no column {unknown[0] if unknown else 't1'!r} with data.images (columns are {', '.join(names)}); "
+            f"{path}: no column {unknown[0]!r} with data.images (columns are {', '.join(names)}); "
             "add it, or name the columns in data.images"
         )
     found: list[Record] = []
@@ -260,3 +227,60 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if rows and "id" not in rows[0]:
         raise ValueError(f"{path}: no column 'id' (columns are {', '.join(rows[0])}); add it, separated by commas")
     return rows
+
+
+def recognise(folder: Path, *, labelled: bool) -> dict[str, Any]:
+    """The settings `data` and `data.*` with which asa-prepare reads a folder.
+
+    Args:
+        folder: a raw dataset of nnU-Net, FreeSurfer's subjects, a BIDS dataset, or a folder of NIfTI files, in which
+            NAME_T1.nii.gz has the label map NAME_seg.nii.gz.
+        labelled: whether label maps are wanted.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, none of these, or no label maps; the message says what to do.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: {'is a file; give the folder' if folder.exists() else 'no such folder'}")
+    reader, settings = "folder", dict[str, Any]()
+    if (folder / nnunet.DESCRIPTION).exists() and (folder / "imagesTr").is_dir():
+        reader = "nnunet"
+    elif any(folder.glob("*/mri/T1.mgz")):
+        reader, settings = "freesurfer", {} if labelled else {"data.label": None}
+    elif any(folder.glob("sub-*/**/anat/sub-*_T1w.nii*")):
+        reader, settings = "bids", _bids_labels(folder) if labelled else {}
+    else:
+        settings = _plain(folder, labelled)
+    return {"data": reader, "data.root": str(folder), **settings}
+
+
+def _bids_labels(folder: Path) -> dict[str, Any]:
+    """Where a BIDS dataset keeps label maps: beside the scans, or in one of its derivatives."""
+    places = [place for place in (folder, *folder.glob("derivatives/*")) if any(place.glob("sub-*/**/*_dseg.nii*"))]
+    if len(places) != 1:
+        found = " and ".join(map(str, places)) or "nowhere"
+        raise ValueError(f"{folder}: label maps (*_dseg.nii.gz) are found {found}: {BY_HAND}")
+    return {"data.label": "dseg"} | ({} if places[0] == folder else {"data.label_root": str(places[0])})
+
+
+def _plain(folder: Path, labelled: bool) -> dict[str, Any]:
+    """Globs of the images and label maps of a folder of files, by what their names end in."""
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(VOLUME_ENDINGS))
+    endings = Counter(map(_ending, names))
+    labels, images = ({_ending(name) for name in names if is_label_map(name) == kind} for kind in (True, False))
+    # *.nii.gz takes in *_seg.nii.gz, which only the pattern of the label maps leaves out.
+    mixed = images & labels if labelled else {end for end in labels if end.endswith(tuple(images))}
+    if len(images) != 1 or mixed or (labelled and len(labels) != 1):
+        below = sum(path.name.endswith(VOLUME_ENDINGS) for path in folder.rglob("*")) - len(names)
+        others = f", and {below} in its subfolders" if below else ""
+        found = (", ".join(f"{count} *{end}" for end, count in endings.items()) or "no NIfTI files") + others
+        expected = "one image and one label map" if labelled else "one image"
+        raise ValueError(f"{folder}: {found}; {expected} a scan were expected: {BY_HAND}")
+    return {"data.images": {"t1": f"*{images.pop()}"}} | ({"data.label": f"*{labels.pop()}"} if labelled else {})
+
+
+def _ending(name: str) -> str:
+    """What the names of all scans' files of one kind end in: `_T1.nii.gz`; `.nii.gz` where a number is before it."""
+    stem, dot, suffix = name.partition(".")
+    word = stem.rpartition("_")[2]
+    return f"{dot}{suffix}" if word == stem or word.isdigit() else f"_{word}{dot}{suffix}"

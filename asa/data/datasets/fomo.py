@@ -10,7 +10,7 @@ The first layout is as users of FOMO60K describe it, the second as the collectio
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from asa.data.datasets.record import Record, existing_folder, make_record, sorted_records
@@ -29,8 +29,8 @@ def records(
     """Records of the images of some sequences, each of them a scan with one channel.
 
     The id is DATASET_sub_1_ses_1_t1 or DATASET_sub-1_ses-1_T1w, the subject DATASET_sub_1 and the site DATASET: equal
-    numbers of two datasets are two people. Warnings count the images that mapping.tsv lists and that are not here,
-    images outside the two layouts, and subjects without the sequences.
+    numbers of two datasets are two people. Warnings count the images of mapping.tsv that are not here, images outside
+    the two layouts, and subjects without the sequences.
 
     Args:
         root: folder that holds the datasets.
@@ -45,8 +45,8 @@ def records(
     channel = channel_of(sequences, "data.sequences")
     if isinstance(datasets, str):
         raise ValueError(f"data.datasets={datasets}: give a list, like [{datasets}]")
-    found, strange, others, subjects = [], [], set(), set()
-    there: set[str] = set()  # datasets, and sequences
+    found, strange, wanted = [], [], set(map(_sequence, sequences))
+    subjects, kinds, there = set[str](), set[str](), set[str]()  # of all images; the last are the datasets
     for path in matching_files(root, "**/*.nii*"):
         relative, stem = path.relative_to(root), path.name.removesuffix(".nii.gz")
         folders = next((below for end, below in LAYOUTS.items() if relative.match(end)), None)
@@ -61,35 +61,26 @@ def records(
         if datasets is not None and dataset not in datasets:
             continue
         subjects.add(f"{dataset}_{subject}")
-        there |= {dataset, _sequence(stem)}
-        if _is_of(stem, sequences):
+        there.add(dataset)
+        kinds.add(_sequence(stem))
+        if _sequence(stem) in wanted:
             name = stem if _ENTITIES.match(stem) else f"{subject}_{session}_{stem}"
             found.append(make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset))
-        else:
-            others.add(_sequence(stem))
-    _warn_of_absent(root, sequences, datasets)
-    if found and (lacking := sorted({*(datasets or ()), *map(_sequence, sequences)} - there)):
+    _warn_of_absent(root, wanted, datasets)
+    if found and (lacking := sorted({*(datasets or ()), *wanted} - there - kinds)):
         warnings.warn(f"{root}: has nothing of {', '.join(lacking)}: check the names", stacklevel=2)
     if strange:
-        warnings.warn(
-            f"{root}: {len(strange)} images are left out, being no .nii.gz in DATASET/sub_N/ses_N, like {strange[0]}",
-            stacklevel=2,
-        )
+        told = f"{len(strange)} images are left out, being no .nii.gz in DATASET/sub_N/ses_N, like {strange[0]}"
+        warnings.warn(f"{root}: {told}", stacklevel=2)
     if found and (without := sorted(subjects - {record["subject"] for record in found})):
-        warnings.warn(
-            f"{root}: {len(without)} of {len(subjects)} subjects have no {'|'.join(sequences)}, like {without[0]}",
-            stacklevel=2,
-        )
-    rest = f"; there are images of {', '.join(sorted(others))}" if others else ""
+        told = f"{len(without)} of {len(subjects)} subjects have no {'|'.join(sequences)}, like {without[0]}"
+        warnings.warn(f"{root}: {told}", stacklevel=2)
+    rest = f"; there are images of {', '.join(sorted(kinds - wanted))}" if kinds - wanted else ""
     return sorted_records(found, source=f"DATASET/sub_N/ses_N/{'|'.join(sequences)}.nii.gz below {root}{rest}")
 
 
 def channel_of(sequences: Sequence[str], key: str) -> str:
-    """The channel that images of these sequences, or of BIDS suffixes like T1w, are stored as.
-
-    Raises:
-        ValueError: `key`, the setting, is no list of them.
-    """
+    """The channel of images of some sequences or BIDS suffixes; a ValueError where `key`, the setting, is no list."""
     if isinstance(sequences, str) or not sequences:
         raise ValueError(f"{key}={sequences}: give a list of one or more, like [{sequences or 't1'}]")
     return MIXED if len(sequences) > 1 else _sequence(sequences[0])
@@ -100,25 +91,15 @@ def _sequence(stem: str) -> str:
     return re.sub(r"_\d+$", "", _ENTITIES.sub("", stem)).lower().removesuffix("w")
 
 
-def _is_of(stem: str, sequences: Sequence[str]) -> bool:
-    return _sequence(stem) in set(map(_sequence, sequences))
-
-
-def _warn_of_absent(root: Path, sequences: Sequence[str], datasets: Sequence[str] | None) -> None:
+def _warn_of_absent(root: Path, wanted: Set[str], datasets: Sequence[str] | None) -> None:
     """Warn of the images that mapping.tsv lists and that were not downloaded."""
     path = root / MAPPING
     rows = read_rows(path) if path.is_file() else []
     columns = ("dataset", "participant_id", "session_id", "filename")
     if not rows or not set(columns) <= rows[0].keys():
         return
-    files = [
-        root.joinpath(*(row[column] for column in columns))
-        for row in rows
-        if _is_of(row["filename"].removesuffix(".nii.gz"), sequences)
-        and (datasets is None or row["dataset"] in datasets)
-    ]
-    if absent := [file for file in files if not file.is_file()]:
-        warnings.warn(
-            f"{path}: {len(absent)} of its {len(files)} images are not here, like {absent[0].relative_to(root)}",
-            stacklevel=3,
-        )
+    chosen = [row for row in rows if _sequence(row["filename"].removesuffix(".nii.gz")) in wanted]
+    files = [[row[key] for key in columns] for row in chosen if datasets is None or row["dataset"] in datasets]
+    if absent := [file for file in files if not root.joinpath(*file).is_file()]:
+        told = f"{len(absent)} of its {len(files)} images are not here, like {Path(*absent[0])}"
+        warnings.warn(f"{path}: {told}", stacklevel=3)

@@ -8,48 +8,25 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from asa.data.datasets.folder import name_subjects
 from asa.data.datasets.nnunet import LabelScheme
-from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, sorted_records
-from asa.data.io.files import matching_files
-from asa.data.io.nifti import FREESURFER
+from asa.data.datasets.record import Record, existing_folder, find_file, label_file, make_record, named_records
+from asa.data.io.files import FREESURFER, matching_files
 
 ENDINGS = (*FREESURFER, ".nii.gz", ".nii")
 TIMES = ("base-tps", "base-tps.fastsurfer")  # of longitudinal templates: lists the folders of their time points
 BIDS = r"^(sub-[A-Za-z0-9]+)_ses-"  # folders that BIDS Apps name after sessions
 
 SIDED = {  # value on the left -> (value on the right, name)
-    2: (41, "Cerebral-White-Matter"),
-    3: (42, "Cerebral-Cortex"),
-    4: (43, "Lateral-Ventricle"),
-    5: (44, "Inf-Lat-Vent"),
-    7: (46, "Cerebellum-White-Matter"),
-    8: (47, "Cerebellum-Cortex"),
-    10: (49, "Thalamus"),
-    11: (50, "Caudate"),
-    12: (51, "Putamen"),
-    13: (52, "Pallidum"),
-    17: (53, "Hippocampus"),
-    18: (54, "Amygdala"),
-    26: (58, "Accumbens-area"),
-    28: (60, "VentralDC"),
-    30: (62, "vessel"),
+    **{2: (41, "Cerebral-White-Matter"), 3: (42, "Cerebral-Cortex"), 4: (43, "Lateral-Ventricle")},
+    **{5: (44, "Inf-Lat-Vent"), 7: (46, "Cerebellum-White-Matter"), 8: (47, "Cerebellum-Cortex")},
+    **{10: (49, "Thalamus"), 11: (50, "Caudate"), 12: (51, "Putamen"), 13: (52, "Pallidum"), 17: (53, "Hippocampus")},
+    **{18: (54, "Amygdala"), 26: (58, "Accumbens-area"), 28: (60, "VentralDC"), 30: (62, "vessel")},
     31: (63, "choroid-plexus"),
 }
 _MIDDLE = {
-    14: "3rd-Ventricle",
-    15: "4th-Ventricle",
-    16: "Brain-Stem",
-    24: "CSF",
-    72: "5th-Ventricle",
-    77: "WM-hypointensities",
-    80: "non-WM-hypointensities",
-    85: "Optic-Chiasm",
-    251: "CC_Posterior",
-    252: "CC_Mid_Posterior",
-    253: "CC_Central",
-    254: "CC_Mid_Anterior",
-    255: "CC_Anterior",
+    **{14: "3rd-Ventricle", 15: "4th-Ventricle", 16: "Brain-Stem", 24: "CSF", 72: "5th-Ventricle"},
+    **{77: "WM-hypointensities", 80: "non-WM-hypointensities", 85: "Optic-Chiasm"},
+    **{251: "CC_Posterior", 252: "CC_Mid_Posterior", 253: "CC_Central", 254: "CC_Mid_Anterior", 255: "CC_Anterior"},
 }
 # Of the Desikan-Killiany atlas: 1000 + index on the left, 2000 + on the right; in wmparc 3000 and 4000 lie under them.
 _CORTEX = (
@@ -59,8 +36,7 @@ _CORTEX = (
     "pericalcarine postcentral posteriorcingulate precentral precuneus rostralanteriorcingulate rostralmiddlefrontal "
     "superiorfrontal superiorparietal superiortemporal supramarginal frontalpole temporalpole transversetemporal insula"
 )
-# Undetermined, and lesions that are rarely marked on a side.
-IGNORED = [29, 61, 78, 79, 81, 82]
+IGNORED = [29, 61, 78, 79, 81, 82]  # undetermined, and lesions that are rarely marked on a side
 
 
 def aseg_labels() -> dict[int, str]:
@@ -76,14 +52,13 @@ def label_scheme(root: str | Path | None = None, *, label: str = "aseg", **_: An
     Raises:
         ValueError: another label map, whose labels have to be given.
     """
-    labels = aseg_labels()
-    parcels: dict[str, int] = {}
+    labels, parcels = aseg_labels(), {"ctx-lh": 1000, "ctx-rh": 2000}
     if label.startswith("wmparc"):
-        parcels = {"ctx-lh": 1000, "ctx-rh": 2000, "wm-lh": 3000, "wm-rh": 4000}
+        parcels |= {"wm-lh": 3000, "wm-rh": 4000}
         labels |= {5001: "Left-UnsegmentedWhiteMatter", 5002: "Right-UnsegmentedWhiteMatter"}
-    elif re.match(r"aparc(\.DKTatlas)?\+aseg", label):
-        parcels = {"ctx-lh": 1000, "ctx-rh": 2000}
-    elif not label.startswith("aseg"):
+    elif label.startswith("aseg"):
+        parcels = {}
+    elif not re.match(r"aparc(\.DKTatlas)?\+aseg", label):
         raise ValueError(
             f"data.label={label}: labels=dataset knows aseg, aparc+aseg, aparc.DKTatlas+aseg and wmparc; "
             "give the values and names of this one, like 'labels={17: Left-Hippocampus}'"
@@ -103,9 +78,10 @@ def records(
 ) -> list[Record]:
     """Records of `SUBJECT/mri/T1.mgz` and `SUBJECT/mri/aseg.mgz`.
 
-    The id is the name of the folder. A subject is a folder, with three exceptions: time points that the file base-tps
-    (of FastSurfer base-tps.fastsurfer) of a longitudinal template lists are of the template's subject, TIME.long.BASE
-    is of subject BASE, and sub-X_ses-Y of subject sub-X.
+    The channel is t1, the id the name of the folder. A subject is a folder, with three exceptions: time points that the
+    file base-tps (of FastSurfer base-tps.fastsurfer) of a longitudinal template lists are of the template's subject,
+    TIME.long.BASE is of subject BASE, and sub-X_ses-Y of subject sub-X. Averages (fsaverage, ...) and longitudinal
+    templates are left out.
 
     Args:
         root: SUBJECTS_DIR.
@@ -113,9 +89,6 @@ def records(
         label: the same of the label map: aseg, aparc+aseg, or aparc.DKTatlas+aseg.deep of FastSurfer; None for none.
         stream: "cross" for the folders of single time points, "long" for TIME.long.BASE.
         subject: regular expression searched in the id, whose group 1 is the subject, in place of these rules.
-
-    Returns:
-        Records with the channel t1. Averages (fsaverage, ...) and longitudinal templates are left out.
 
     Raises:
         ValueError: an unknown stream.
@@ -143,12 +116,10 @@ def records(
             left.setdefault(other, []).append(name)
         else:
             truth = None if label is None else label_file(folder / "mri" / label, ENDINGS)
-            bids = re.match(BIDS, base or name)
-            # By BIDS first: a template may not list all time points.
+            bids = re.match(BIDS, base or name)  # first, as a template may not list all time points
             owner = bids.group(1) if bids else base_of.get(name) or base or name
             found = {"t1": find_file(folder / "mri" / image, ENDINGS)}
             result.append(make_record(name, owner, found, label=truth))
     for reason, names in left.items():
         warnings.warn(f"{root}: {len(names)} folders are left out, which {reason}, like {names[0]}", stacklevel=2)
-    name_subjects(result, subject)
-    return sorted_records(result, source=f"SUBJECT/mri/{image}.mgz below {root}")
+    return named_records(result, subject, source=f"SUBJECT/mri/{image}.mgz below {root}")

@@ -10,14 +10,11 @@ ENDINGS = (".nii.gz", ".nii", ".img.gz", ".img")  # NIfTI first: Analyze stores 
 
 
 def records(root: str | Path, *, label: str | None = "fill") -> list[Record]:
-    """Records of `IBSR_NN/IBSR_NN_ana_strip` with their tissue labels, as NIfTI or Analyze.
+    """Records of `IBSR_NN/IBSR_NN_ana_strip`, as t1, with labels 1 CSF, 2 GM and 3 WM; NIfTI or Analyze.
 
     Args:
         root: folder that contains the folders IBSR_NN, or its parent.
         label: "fill" (`segTRI_fill_ana`, sulcal CSF filled in), "plain" (`segTRI_ana`), or None for no labels.
-
-    Returns:
-        Records with the channel t1; label values 1 CSF, 2 GM, 3 WM.
     """
     root = existing_folder(root, "IBSR_01, IBSR_02, ...")
     if label is not None and label not in LABEL_FILES:

@@ -6,10 +6,8 @@ https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from asa.data.datasets.folder import name_subjects
-from asa.data.datasets.record import Record, check_channel, existing_folder, find_file, make_record, sorted_records
-from asa.data.io.files import read_json
-from asa.data.io.nifti import VOLUME_ENDINGS
+from asa.data.datasets.record import Record, check_channel, existing_folder, find_file, make_record, named_records
+from asa.data.io.files import VOLUME_ENDINGS, read_json
 
 DESCRIPTION = "dataset.json"
 PARTS = {"train": ("imagesTr", "labelsTr"), "test": ("imagesTs", None)}
@@ -25,19 +23,17 @@ class LabelScheme(NamedTuple):
 
 
 def records(root: str | Path, *, part: str = "train", subject: str | None = None) -> list[Record]:
-    """Records of a dataset's training cases with their labels, or of its test cases.
+    """Records of a dataset's training cases with their labels, or of its test cases; the id is the case.
+
+    Channels are as dataset.json names them, None where a case has no file.
 
     Args:
         root: folder DatasetNNN_NAME with dataset.json.
         part: "train" (imagesTr and labelsTr, or the files that dataset.json lists) or "test" (imagesTs, unlabelled).
         subject: regular expression searched in the case, whose group 1 is the subject; None: see `subject_of`.
 
-    Returns:
-        Records, whose id is the case; channels as dataset.json names them, None where a case has no file.
-
     Raises:
-        FileNotFoundError: there is no dataset.json.
-        ValueError: another file format, or an invalid dataset.json.
+        FileNotFoundError, ValueError: no dataset.json, an invalid one, or another file format.
     """
     if part not in PARTS:
         raise ValueError(f"data.part={part!r}: choose train or test")
@@ -55,19 +51,14 @@ def records(root: str | Path, *, part: str = "train", subject: str | None = None
             paths = {name: find_file(f"{stem}_{number:04d}", (ending,)) for number, name in channels.items()}
             found.append(make_record(case, case, paths, label=root / labels / f"{case}{ending}" if labels else None))
         source = f"CASE_0000{ending} in {root / images}"
-    name_subjects(found, subject)
-    return sorted_records(found, source=source)
+    return named_records(found, subject, source=source)
 
 
 def label_scheme(root: str | Path, **_: Any) -> LabelScheme:
     """The labels, ignored values and regions that a dataset.json declares.
 
     The labels of a dataset of regions have no names of their own: a value that is a region by itself has that region's
-    name, another value v is called label_v.
-
-    Raises:
-        FileNotFoundError: there is no such folder or dataset.json.
-        ValueError: an invalid dataset.json.
+    name, another value v is called label_v. Raises as `records`.
     """
     root = existing_folder(root, DESCRIPTION)
     declared = _description(root)["labels"]
@@ -129,9 +120,8 @@ def _listed(root: Path, cases: Any, channels: dict[int, str]) -> list[Record]:
         example = "{CASE: {images: [PATH], label: PATH}}"
         raise ValueError(f"{root / DESCRIPTION}: dataset has to be like {example}") from None
     for case, (paths, label) in listed.items():
-        present = [find_file(path, ("",)) for path in paths][: len(channels)]
-        images = dict.fromkeys(channels.values()) | dict(zip(channels.values(), present, strict=False))
-        record = make_record(case, case, images, label=label)
+        present = zip(channels.values(), [find_file(path, ("",)) for path in paths], strict=False)
+        record = make_record(case, case, dict.fromkeys(channels.values()) | dict(present), label=label)
         if len(paths) != len(channels):
             record["problem"] = f"{case}: {DESCRIPTION} lists {len(paths)} images for {len(channels)} channels"
         found.append(record)

@@ -16,7 +16,7 @@ from asa.data.datasets.record import Record, existing_folder, make_record, sorte
 from asa.data.io.tables import read_rows
 
 TABLE, FILES = "openneuro_metadata.csv", "OpenMind"
-COLUMNS = {"image": "image_path", "modality": "modality", "mask": "anon_mask_path"}
+COLUMNS = ("image_path", "modality", "anon_mask_path")
 DERIVED = "__Data"  # ending of the folder that holds the maps of a diffusion image, called FA.nii.gz and the like
 
 
@@ -38,26 +38,24 @@ def records(root: str | Path, *, modalities: Sequence[str] = ("T1w",), masks: bo
     """
     root = existing_folder(root, f"{TABLE} and {FILES}").absolute()
     channel, rows = channel_of(modalities, "data.modalities"), read_rows(root / TABLE)
-    if rows and (unknown := [column for column in COLUMNS.values() if column not in rows[0]]):
+    if rows and (unknown := [column for column in COLUMNS if column not in rows[0]]):
         raise ValueError(f"{root / TABLE}: has no column {unknown[0]}: is it the table of OpenMind?")
     found: list[Record] = []
-    chosen = [row for row in rows if row[COLUMNS["modality"]] in modalities]
+    chosen = [row for row in rows if row["modality"] in modalities]
     for row in chosen:
-        path = Path(row[COLUMNS["image"]])
+        path = Path(row["image_path"])
         if not (root / FILES / path).is_file():
             continue
         if len(path.parts) < 3:
             raise ValueError(f"{root / TABLE}: image_path is {path}, and not DATASET/SUBJECT/.../FILE: correct the row")
         (dataset, subject), above, name = path.parts[:2], path.parent.name, path.name.partition(".")[0]
         id = f"{dataset}_{above.removesuffix(DERIVED)}_{name}" if above.endswith(DERIVED) else f"{dataset}_{name}"
-        label = root / FILES / row[COLUMNS["mask"]] if masks and row[COLUMNS["mask"]] else None
+        label = root / FILES / row["anon_mask_path"] if masks and row["anon_mask_path"] else None
         images = {channel: root / FILES / path}
         found.append(make_record(id, f"{dataset}_{subject}", images, site=dataset, label=label))
-    if found and len(found) < len(chosen):
-        warnings.warn(
-            f"{root}: {len(chosen) - len(found)} of {len(chosen)} images of the table are not here", stacklevel=2
-        )
-    known = sorted({row[COLUMNS["modality"]] for row in rows})
+    if found and (absent := len(chosen) - len(found)):
+        warnings.warn(f"{root}: {absent} of {len(chosen)} images of the table are not here", stacklevel=2)
+    known = sorted({row["modality"] for row in rows})
     if found and (lacking := sorted(set(modalities) - set(known))):
         warnings.warn(f"{root}: has nothing of {', '.join(lacking)}, but {', '.join(known)}", stacklevel=2)
     source = f"images of {'|'.join(modalities)} in {root / TABLE}, which has {', '.join(known)}, below {root / FILES}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from asa.data.io.files import check_id, is_utf8
+from asa.data.io.files import VOLUME_ENDINGS, check_id, is_utf8
 
 NIFTI = (".nii.gz", ".nii")
 # The beginning of an id: names as in BIDS, of OASIS-1 to 4, of ADNI, and of the time points of BraTS since 2023.
@@ -56,8 +56,7 @@ def subject_of(id: str, pattern: str | None = None) -> str:
         ValueError: no regular expression, or it finds no group 1.
     """
     if pattern is None:
-        found = SUBJECT.match(id)
-        return found[0] if found else id
+        return found[0] if (found := SUBJECT.match(id)) else id
     try:
         match = re.search(pattern, id)
     except (re.error, TypeError) as error:
@@ -65,6 +64,16 @@ def subject_of(id: str, pattern: str | None = None) -> str:
     if match is None or not match.groups() or not match.group(1):
         raise ValueError(f"{id}: subject={pattern!r} finds no group 1 in this id; correct the expression")
     return str(match.group(1))
+
+
+def named_records(found: Sequence[Record], subject: str | None, *, source: str) -> list[Record]:
+    """`sorted_records` whose subjects are `subject_of` their ids; with None those stay that are not the id."""
+    for record in (one for one in found if subject is not None or one["subject"] == one["id"]):
+        try:
+            record["subject"] = subject_of(record["id"], subject)
+        except ValueError as error:
+            record["problem"] = str(error)
+    return sorted_records(found, source=source)
 
 
 def in_dataset(records: Iterable[Record], name: str) -> list[Record]:
@@ -81,16 +90,14 @@ def in_dataset(records: Iterable[Record], name: str) -> list[Record]:
 def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
     """Records sorted by id, after `check_records`; what is wrong with single scans becomes their `problem`.
 
-    Raises:
-        ValueError: as `check_records`, or every scan has a problem, of which the first is raised.
+    A ValueError also where every scan has a problem, of which the first is raised.
     """
     named: dict[str, Record] = {}
-    for record in sorted(records, key=lambda record: not _is_id(record["id"])):  # none takes the id of a good one
-        problem = record.get("problem") or _problem(record, source)
-        id = record["id"]
+    for record in sorted(records, key=lambda record: bool(_wrong_id(record))):  # none takes the id of a good one
+        problem, id = record.get("problem") or _problem(record, source), record["id"]
         if id in named:
             problem = f"{id}: several scans have this id; change the wildcards or the table"
-        if not _is_id(id):
+        if _wrong_id(record):
             id = re.sub(r"[^A-Za-z0-9-]+", "_", id)[:100].strip("_") or "unnamed"
             while id in named:
                 id += "_"
@@ -102,20 +109,18 @@ def sorted_records(records: Iterable[Record], *, source: str) -> list[Record]:
     return result
 
 
-def _is_id(text: str) -> bool:
-    try:
-        check_id(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _problem(record: Record, source: str) -> str:
-    """Why a scan cannot be used, whatever the others are; "" if it can."""
+def _wrong_id(record: Record) -> str:
     try:
         check_id(record["id"])
     except ValueError as error:
         return str(error)
+    return ""
+
+
+def _problem(record: Record, source: str) -> str:
+    """Why a scan cannot be used, whatever the others are; "" if it can."""
+    if wrong := _wrong_id(record):
+        return wrong
     for path in (*record["images"].values(), record.get("label")):
         if path and not is_utf8(path):
             return f"{record['id']}: the file name {path!a} is not in UTF-8, as names in tables are: rename it"
@@ -131,8 +136,8 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     Records with a `problem` need an id and the channels only.
 
     Raises:
-        ValueError: no records, an id that repeats, cannot be a file name, or would be one file with another id on some
-            systems, a scan without any image, or records with different channels.
+        ValueError: no records, an unusable id, two that are one file on some systems, a scan without any image, or
+            records with different channels.
     """
     if not records:
         raise ValueError(f"no scans found{': ' + source if source else ''}; check the folder and the patterns")
@@ -145,21 +150,17 @@ def check_records(records: Sequence[Record], *, source: str = "") -> None:
     for name in channels:
         check_channel(name)
     for record in records:
-        if not record["images"] or list(record["images"]) != channels:
+        if not (own := list(record["images"])) or own != channels:
             raise ValueError(
-                f"{record['id']}: has the channels {list(record['images'])}, but {records[0]['id']} has "
-                f"{channels}; every scan needs the same ones in the same order"
+                f"{record['id']}: has the channels {own}, but {records[0]['id']} has {channels}; every scan needs the "
+                "same ones in the same order"
             )
-    for record in records:
         if "problem" not in record and (problem := _problem(record, source)):
             raise ValueError(problem)
 
 
 def check_distinct(ids: Iterable[str]) -> None:
-    """Raise a ValueError for ids that differ in case or in the form of their accents alone.
-
-    On macOS and Windows, they name one file, and of two scans the second would replace the first.
-    """
+    """Raise a ValueError for ids that differ in case or in the form of accents alone: one file on some systems."""
     known: dict[str, str] = {}
     for id in ids:
         first = known.setdefault(unicodedata.normalize("NFC", unicodedata.normalize("NFC", id).casefold()), id)
@@ -181,9 +182,7 @@ def check_channel(name: object) -> None:
 
 
 def is_label_map(name: str) -> bool:
-    """Whether a file is a label map by its name, which ends with one of `VOLUME_ENDINGS`."""
-    from asa.data.io.nifti import VOLUME_ENDINGS  # imports nibabel and scipy
-
+    """Whether a file is a label map by its name."""
     ending = next((end for end in VOLUME_ENDINGS if name.endswith(end)), "")
     return LABEL_NAME.search(name.removesuffix(ending)) is not None
 
@@ -197,10 +196,7 @@ def existing_folder(root: str | Path, holds: str) -> Path:
 
 
 def find_file(stem: str | Path, endings: Sequence[str] = NIFTI) -> Path | None:
-    """The first file that is called `stem` and one of the endings; None if there is none.
-
-    A link that leads nowhere, as git-annex leaves, is one: reading it says so, and it is not filled with zeros.
-    """
+    """The first file that is called `stem` and one of the endings, also a link without content as of git-annex."""
     paths = (Path(f"{stem}{ending}") for ending in endings)
     return next((path for path in paths if path.is_file() or path.is_symlink()), None)
 

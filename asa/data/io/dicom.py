@@ -70,10 +70,6 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     series is not used again: eight digits that identify the series are added. A series that was converted before is
     written again. Copies of a file count once.
 
-    Args:
-        source: folder of DICOM files of any names.
-        out: a folder outside `source`.
-
     Raises:
         FileNotFoundError: no such folder.
         ImportError: dcm2niix or pydicom is not installed.
@@ -93,8 +89,7 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     table = out / TABLE
     check_own(table, "asa-dicom", {"id", "file", "series_uid"})
     before = read_rows(table) if table.exists() else []
-    rows = {row["id"]: row for row in before}
-    if len(rows) < len(before):
+    if len(rows := {row["id"]: row for row in before}) < len(before):
         raise ValueError(f"{table}: an id is in two rows: remove one")
     for _, series in sorted(found.items()):
         with _converted(program, series.files) as (volumes, said):
@@ -102,28 +97,24 @@ def convert_series(source: Path, out: Path) -> DicomReport:
                 alone = [path for path in series.files if not _converts_alone(program, path)]
                 lost += alone if volumes and alone else series.files
             _keep(series, volumes, said, out, rows, report)
-    for path in lost:
-        here = "damaged, no image, or of a series with such a file"
-        report.failures[str(path)] = f"in no volume: {here if path.exists() else NOT_HERE}"
+    here = "damaged, no image, or of a series with such a file"
+    report.failures |= {str(path): f"in no volume: {here if path.exists() else NOT_HERE}" for path in lost}
     return report
 
 
 @contextmanager
 def _converted(program: str, files: list[Path]) -> Iterator[tuple[dict[str, Path], str]]:
-    """The volumes of one series by the ending that dcm2niix gives them, and what it prints.
-
-    Uncorrected and resampled copies of a volume are left out.
-    """
+    """The volumes of one series, without uncorrected and resampled copies, by dcm2niix's ending, and what it prints."""
     with tempfile.TemporaryDirectory(prefix="asa-") as name:
-        space = Path(name)
-        folder = space / "series"
+        folder = Path(name) / "series"
         folder.mkdir()
         for number, path in enumerate(files):
             (folder / f"{number:06d}").symlink_to(path.absolute())
         # -l n: unsigned values as signed ones where they fit, because only of those a tilt is corrected.
         command = [program, "-b", "n", "-l", "n", "-z", "y", "-f", NAME, "-o", name, str(folder)]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        found = {path.name.removesuffix(".nii.gz").removeprefix(NAME): path for path in space.glob(f"{NAME}*.nii.gz")}
+        made = Path(name).glob(f"{NAME}*.nii.gz")
+        found = {path.name.removesuffix(".nii.gz").removeprefix(NAME): path for path in made}
         corrected = {CORRECTED.sub("", ending) for ending in found if CORRECTED.search(ending)}
         kept = {ending: path for ending, path in sorted(found.items()) if ending not in corrected}
         volumes = {CORRECTED.sub("", ending): path for ending, path in kept.items() if not EVEN.search(ending)}
@@ -139,24 +130,20 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
     """Write the volumes of a series that are sound, after their rows of the table."""
     base = _title(series, volumes, out, rows, {*report.written, *report.failures})
     told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
-    sound: dict[str, tuple[Path, int, float]] = {}  # with the number of its slices, and mm from one to the next
+    about, (uid, study, patient, date), sound = series.header, series.key, dict[str, Path]()
     for ending, path in volumes.items():
         title = f"{base}{ending}"
         try:
             volume = read_image(path)
-            if min(volume.data.shape) < 2:
-                raise ValueError("a single slice, not a volume")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 check_slices(volume, series.slices)
         except ValueError as error:
             report.failures[title] = str(error).removeprefix(f"{path}: ")
-        else:
-            sound[title] = path, volume.data.shape[2], spacing_of(volume.affine)[2]
-            if found := [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]:
-                report.warnings[title] = found
-    about, (uid, study, patient, date) = series.header, series.key
-    for title, (_, slices, thickness) in sound.items():
+            continue
+        sound[title] = path
+        if found := [*(str(one.message) for one in caught), *(f"dcm2niix says: {line}" for line in told)]:
+            report.warnings[title] = found
         rows[title] = rows.get(title, {}) | {
             "id": title,
             "subject": _clean(patient),
@@ -164,8 +151,8 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
             "date": date,
             "series": str(about.get("SeriesNumber") or ""),
             "description": " ".join(str(about.get("SeriesDescription") or "").split()),
-            "slices": str(slices),
-            "slice_mm": f"{thickness:.4g}",
+            "slices": str(volume.data.shape[2]),
+            "slice_mm": f"{spacing_of(volume.affine)[2]:.4g}",  # from one to the next
             "study_uid": study,
             "series_uid": uid,
             "source": str(series.files[0].parent.absolute()),
@@ -174,9 +161,9 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
         columns = list(dict.fromkeys(itertools.chain(COLUMNS, *rows.values())))  # with the user's own
         table = ([row.get(column, "") for column in columns] for _, row in sorted(rows.items()))
         write_whole(out / TABLE, csv_text(columns, table).encode(errors="replace"))
-    for title, (path, *_) in sound.items():
+    for title, path in sound.items():
         write_whole(out / f"{title}.nii.gz", path.read_bytes())
-        report.written.append(title)
+    report.written += sound
 
 
 def _title(series: _Series, endings: Iterable[str], out: Path, rows: _Rows, taken: set[str]) -> str:
@@ -203,7 +190,6 @@ def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], lis
     firsts: dict[tuple[str, ...], Path] = {}  # of the files of one UID, which copies share
     damaged: list[Path] = []
     for path in matching_files(source, "**/*"):
-        header: Any = {}
         marked = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pydicom, about values that are not read here
@@ -216,8 +202,6 @@ def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], lis
                 key, slices = tuple(str(header.get(name) or "") for name in KEY), _slices(header)
             except Exception:  # of many types, for a file of any content
                 key, slices = ("",), []
-        if not key[0] and (marked or not path.exists()):  # a link of git-annex
-            damaged.append(path)
         if key[0]:
             first = firsts.setdefault((*key, str(header.get("SOPInstanceUID"))), path)
             if first != path and filecmp.cmp(first, path, shallow=False):
@@ -225,6 +209,8 @@ def _sorted_by_series(source: Path) -> tuple[dict[tuple[str, ...], _Series], lis
             series = found.setdefault(key, _Series(key, header))
             series.files.append(path)
             series.slices += slices
+        elif marked or not path.exists():  # a link of git-annex
+            damaged.append(path)
     return found, damaged
 
 

@@ -10,7 +10,7 @@ import secrets
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -24,6 +24,10 @@ DIGESTS = "digests.json"  # SHA-256 of files in its folder, by name
 ANNEX = b"/annex/objects/"  # in the links of git-annex, and at the beginning of its pointer files
 NOT_HERE = "its content is not here, only a link of git-annex: run datalad get or git annex get in its dataset"
 PART = ".part"  # ending of a file while it is written; an interruption may leave one behind
+FREESURFER = (".mgz", ".mgh")
+ITK = (".nrrd", ".mha")  # read by SimpleITK (extra prepare)
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz", *FREESURFER, *ITK)
+VOLUME_ENDINGS = (".nii.gz", ".nii", *FREESURFER, *ITK)  # of one file each, which stores an orientation
 
 
 def check_id(id: object) -> None:
@@ -48,10 +52,7 @@ def is_utf8(name: str) -> bool:
 
 
 def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
-    """Open a file that may exist for writing, but not through a symbolic link.
-
-    In a folder that others may write to, a link under a predictable name would have any file of the user overwritten.
-    """
+    """Open a file that may exist for writing, but not through a symbolic link, which may lead to any of the user's."""
     try:
         return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
     except OSError as error:
@@ -61,17 +62,12 @@ def open_unlinked(path: str | Path, mode: str) -> IO[Any]:
 
 
 def matching_files(root: str | Path, *patterns: str, folders: bool = False) -> list[Path]:
-    """The files below a folder that globs match, sorted; links to folders are followed, by ** too.
+    """The files (or `folders`) below a folder that globs match, sorted; links to folders are followed, by ** too.
 
+    Patterns are those of `Path.glob`. Folders whose names begin with a dot are searched only where one names them.
     Python's own search passes over links, and over folders that cannot be read. Here a warning names the first of those
     folders, of the links that lead nowhere or to a folder that contains them, which is not followed twice, and of the
     names whose capitals alone do not match. Links of git-annex, and names that begin with a dot, are not counted.
-
-    Args:
-        root: the folder.
-        patterns: as of `Path.glob`: *, ?, [abc], and ** for any number of folders, like **/* for all files. Folders
-            whose names begin with a dot, like .git, are searched only where a pattern names them.
-        folders: find folders in place of files.
     """
     found: set[Path] = set()
     passed: defaultdict[str, set[Path]] = defaultdict(set)  # reason -> what was passed over
@@ -129,8 +125,7 @@ def naming(path: str | Path) -> Iterator[None]:
 def whole_file(path: str | Path, *, make_folder: bool = True) -> Iterator[IO[bytes]]:
     """A file to write atomically, under a temporary name that is then renamed.
 
-    `make_folder`: create its folder if needed. Without, a FileNotFoundError names a folder that was removed meanwhile,
-    whose other files a new one would not hold.
+    Without `make_folder`, a FileNotFoundError names a folder that was removed meanwhile: a new one would hold no other.
     """
     path = Path(path)
     if make_folder:
@@ -170,13 +165,7 @@ def check_kept(folder: Path) -> None:
 
 
 def check_out(out: Path, mark: str, what: str) -> None:
-    """Check that a folder is absent, empty, or one that the same command wrote before.
-
-    Args:
-        out: the folder.
-        mark: a file that every folder of this kind holds.
-        what: the kind, for the ValueError.
-    """
+    """Raise a ValueError for a folder with other files than `what`, each folder of which holds the file `mark`."""
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / mark).is_file()):
         raise ValueError(f"{out} is not empty and not {what}: choose another out=")
 
@@ -209,7 +198,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_once) 
 
 
 class _WithoutMerging(yaml.SafeLoader):
-    """YAML without merge keys, which copy as they are read: ten lines of them make ten thousand million entries."""
+    """YAML without merge keys: ten lines of them, which copy as they are read, make ten thousand million entries."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
@@ -218,11 +207,10 @@ class _WithoutMerging(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read the configuration of a run: a mapping in YAML.
+    """Read the configuration of a run, a mapping in YAML.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, has merge keys, holds something else, or more than `LARGEST_YAML` values.
+        FileNotFoundError, ValueError: no such file; not YAML, merge keys, no mapping, or over `LARGEST_YAML` values.
     """
     try:
         content = yaml.load(_text(path), _WithoutMerging)
@@ -240,7 +228,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _text(path: str | Path) -> str:
-    """The text of a file that has to exist."""
     check_present(Path(path), "")
     return Path(path).read_text(encoding="utf-8")
 
@@ -282,21 +269,17 @@ def _is_annexed(path: Path) -> bool:
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:
     """Write the SHA-256 of files of a folder into its `DIGESTS`, which keeps those of other files."""
-    try:
+    before: Any = None
+    with suppress(FileNotFoundError, ValueError):
         before = read_json(folder / DIGESTS)
-    except (FileNotFoundError, ValueError):
-        before = {}
     others = before if isinstance(before, dict) else {}
     write_json(folder / DIGESTS, others | {name: sha256_of(folder / name) for name in names})
 
 
 def check_digest(path: str | Path, *, listed: bool = False) -> None:
-    """Compare a file with the SHA-256 that was written beside it, if one was.
+    """Raise a ValueError for a file that has changed since its SHA-256 was written beside it, if one was.
 
     `listed`: where there are digests of other files, its own has to be among them.
-
-    Raises:
-        ValueError: it has changed, or the digests cannot be read.
     """
     path = Path(path)
     digests = path.with_name(DIGESTS)

@@ -96,14 +96,12 @@ def _is_same(descriptor: int, file: Path) -> bool:
 
 def _parse(text: str) -> Holder | None:
     """The holder that a lock file names; None if it is empty, cut off by a power failure, or no lock."""
-    try:
+    with suppress(ValueError, RecursionError):
         holder = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(holder, dict) or holder.keys() != {"host", "pid", "born", "job"}:
-        return None
-    known = isinstance(holder["host"], str) and isinstance(holder["pid"], int) and 0 < holder["pid"] < 2**31
-    return holder if known else None
+        if isinstance(holder, dict) and holder.keys() == {"host", "pid", "born", "job"}:
+            host, pid = holder["host"], holder["pid"]
+            return holder if isinstance(host, str) and isinstance(pid, int) and 0 < pid < 2**31 else None
+    return None
 
 
 def _is_running(file: Path, holder: Holder, own: Holder) -> bool:

@@ -1,40 +1,24 @@
-"""Read and check NIfTI, Analyze, FreeSurfer's, NRRD and MetaImage files, write NIfTI and FreeSurfer's, and reorient.
+"""Volumes of image files, checked, written as NIfTI or FreeSurfer's, and reoriented; `asa.data.io.formats` opens them.
 
 Arrays are (x, y, z) in the axes of the file, and brought to RAS+ and back without interpolation.
 """
 
-import gzip
 import hashlib
-import io
 import itertools
-import math
-import os
-import re
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
-from asa.data.io.files import check_present, gzipped, write_whole
-from asa.errors import one_line, reason_of, require
+from asa.data.io.files import FREESURFER, gzipped, write_whole
+from asa.data.io.formats import is_nifti, load, stores_orientation, three_d, voxels_of
 
-FREESURFER = (".mgz", ".mgh")
-ITK = (".nrrd", ".mha")  # read by SimpleITK (extra prepare)
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".hdr", ".img", ".hdr.gz", ".img.gz", *FREESURFER, *ITK)
-VOLUME_ENDINGS = (".nii.gz", ".nii", *FREESURFER, *ITK)  # of one file each, which stores an orientation
-LONGEST_HEADER = 1 << 20  # bytes, with the extensions of a NIfTI file
-LARGEST_OFFSET = 1 << 30  # of the voxels in their file, in bytes
-PADDING = 1 << 16  # bytes after the voxels that are accepted
-TAGS = 1 << 22  # the same in FreeSurfer's files, which keep a colour table and a history there
 GEOMETRY_TOLERANCE = 0.1  # mm between the corners of two volumes on the same grid
 ITK_SHEAR = 2e-4  # cosine between two axes, above which ITK refuses a file (SimpleITK 2.5)
 LARGEST_DISAGREEMENT = 1.0  # mm between the corners by qform and by sform, above which a warning is given
@@ -52,7 +36,7 @@ class Volume:
 
 
 def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
-    """Read an image as float32.
+    """Read an image, (x, y, z) float32, with the header's intensity scaling applied.
 
     Args:
         path: `.nii`, `.nii.gz`, either file of an Analyze or NIfTI pair (`.hdr`/`.img`, also gzipped), `.mgz` or `.mgh`
@@ -60,25 +44,18 @@ def read_image(path: str | Path, *, nan: str = "refuse") -> Volume:
         nan: "refuse", or "zero" for a background of NaN, which reaches the border of the volume: it becomes 0, with a
             warning. NaN anywhere else, also where it reaches from the border into the head, and inf, are refused.
 
-    Returns:
-        The volume, (x, y, z) float32, with the header's intensity scaling applied.
-
     Raises:
         FileNotFoundError: the file, or the other file of its pair, is missing.
         ValueError: empty, damaged, not an image, NaN or inf, not 3-D, or without a valid affine.
         ImportError: a `.nrrd` or `.mha` without SimpleITK.
     """
-    image = _load(path)
-    return Volume(_three_d(_intensities(image, path, nan), path), _affine(image, path), image.header)
+    image = load(path)
+    return Volume(three_d(_intensities(image, path, nan), path), _affine(image, path), image.header)
 
 
 def read_slice(path: str | Path) -> np.ndarray:
-    """Read a single slice, `(H, W)` float32; the first axis of the file is W.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `read_image`, or more than one slice.
-    """
-    data = _intensities(_load(path), path)
+    """Read a single slice, `(H, W)` float32; the first axis of the file is W; raises as `read_image`."""
+    data = _intensities(load(path), path)
     sizes = [n for n in data.shape if n > 1]
     if len(sizes) != 2:
         raise ValueError(f"{path}: shape {data.shape} is not one slice; split the volume into slices, one per file")
@@ -90,7 +67,7 @@ def check_same_slice(low: str | Path, high: str | Path) -> None:
 
     The numbers of voxels may differ. Slices of different sizes with one affine are not compared: it cannot be right.
     """
-    (affine, shape), (other, size) = ((image.affine, (*image.shape, 1)[:3]) for image in (_load(low), _load(high)))
+    (affine, shape), (other, size) = ((image.affine, (*image.shape, 1)[:3]) for image in (load(low), load(high)))
     if shape != size and np.array_equal(affine, other):
         return
     ends = np.array([(*corner, 1) for corner in itertools.product((0, 1), repeat=3)])  # in parts of the sides
@@ -104,16 +81,15 @@ def check_same_slice(low: str | Path, high: str | Path) -> None:
 
 
 def read_label(path: str | Path) -> Volume:
-    """Read a label map as integers; values that are all within 0.02 of one are rounded, with a warning.
+    """Read a label map, (x, y, z), as integers; values that are all within 0.02 of one are rounded, with a warning.
 
-    Returns:
-        The volume, (x, y, z), of the smallest integer type that `write_label` would use.
+    The type is the smallest that `write_label` would use.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_image`, or a value is not a whole number.
     """
-    image = _load(path)
-    data = _voxels(image, path)
+    image = load(path)
+    data = voxels_of(image, path)
     if data.dtype.kind == "f":
         whole = np.rint(data)
         wrong = ~np.isclose(data, whole, rtol=0, atol=NEARLY_WHOLE)  # NaN and inf are never close
@@ -127,23 +103,21 @@ def read_label(path: str | Path) -> Volume:
             warnings.warn(f"{path}: label values are up to {off:.3f} from whole numbers, and are rounded", stacklevel=2)
         data = whole
     data = data.astype(_label_dtype(data, path), order="F")
-    return Volume(_three_d(data, path), _affine(image, path), image.header)
+    return Volume(three_d(data, path), _affine(image, path), image.header)
 
 
 def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume, *, make_folder: bool = True) -> None:
     """Write a label map on the grid of another volume, with the header of that volume.
 
-    qform, sform, their codes and the units are those of `like`; the type is uint8, or int16 or int32 where the values
-    need it, with slope 1. The file is written atomically, and equal input gives equal bytes.
+    qform, sform, their codes and the units are those of `like`, of which `.mgz` and `.mgh` have the affine only; the
+    type is uint8, or int16 or int32 where the values need it, with slope 1. Equal input gives equal bytes.
 
     Args:
-        path: `.nii`, `.nii.gz`, or `.mgz` or `.mgh`, which has the affine only.
         data_xyz: integers or bool, of the shape of `like`, in the axes of its file.
-        like: the volume that defines the grid.
         make_folder: as for `asa.data.io.files.whole_file`.
 
     Raises:
-        ValueError: another shape, not integers, or another file ending.
+        ValueError: another shape, not integers, or another file ending than `write_image` takes.
     """
     if data_xyz.shape != like.data.shape:
         raise ValueError(f"{path}: label of shape {data_xyz.shape} does not fit its image of shape {like.data.shape}")
@@ -151,7 +125,7 @@ def write_label(path: str | Path, data_xyz: np.ndarray, like: Volume, *, make_fo
         raise ValueError(f"{path}: labels must be integers, not {data_xyz.dtype}; take the argmax first")
     dtype = _label_dtype(data_xyz, path)
     # nibabel keeps qform, sform and codes if the affine equals the header's best affine
-    image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if _is_nifti(like.header) else None)
+    image = nib.Nifti1Image(data_xyz.astype(dtype), like.affine, like.header if is_nifti(like.header) else None)
     image.header["cal_min"] = image.header["cal_max"] = 0  # the display window of the image
     _write(path, image, dtype, make_folder)
 
@@ -164,11 +138,9 @@ def write_image(
     dtype: np.dtype | type = np.float32,
     make_folder: bool = True,
 ) -> None:
-    """Write an image atomically, in units of mm.
+    """Write an image (x, y, z) atomically, in units of mm, as `.nii`, `.nii.gz`, `.mgz` or `.mgh`.
 
     Args:
-        path: `.nii`, `.nii.gz`, `.mgz` or `.mgh`.
-        data_xyz: (x, y, z).
         affine: (4, 4), voxel index to mm in RAS+; written as both sform and qform, code 1 (scanner).
         dtype: type on disk; values are rounded for integer types.
         make_folder: as for `asa.data.io.files.whole_file`.
@@ -189,50 +161,11 @@ def write_image(
     _write(path, image, dtype, make_folder)
 
 
-def write_oriented(path: str | Path, source: str | Path, axes: str) -> bool:
-    """Write a file that stores no orientation as NIfTI with the given orientation of its axes, like `ASL`.
-
-    Voxels keep their order and values, and integers their type; floats and scaled intensities become float32. The
-    origin is the centre of the volume.
-
-    Returns:
-        Whether the file was written; False for a source that stores an orientation.
-
-    Raises:
-        FileNotFoundError, ValueError: an unreadable file, or invalid axes.
-    """
-    image = _load(source)
-    if _stores_orientation(image.header):
-        return False
-    data = _three_d(_voxels(image, source), source)
-    data = data.astype(np.float32) if data.dtype.kind == "f" else data.astype(data.dtype.newbyteorder("="))
-    size = image.header.get_zooms()
-    affine = np.diag([0.0, 0, 0, 1])
-    for index, (axis, sign) in enumerate(orientation_of(axes)):
-        affine[int(axis), index] = sign * size[index]
-    affine[:3, 3] = -affine[:3, :3] @ (np.array(data.shape) - 1) / 2
-    write_image(path, data, affine, dtype=data.dtype)
-    return True
-
-
-def orientation_of(axes: str) -> np.ndarray:
-    """Directions of an array's axes, three letters, as nibabel's orientation: 3 rows (RAS axis, +1 or -1)."""
-    try:
-        found = nib.orientations.axcodes2ornt(tuple(axes.upper()))
-    except ValueError:
-        found = np.full((3, 2), np.nan)
-    if sorted(found[:, 0].tolist()) != [0, 1, 2]:
-        raise ValueError(
-            f"axes={axes}: give three letters, the directions of the array's axes: R or L, A or P, S or I, like LAS"
-        )
-    return found
-
-
 def identity_of(volume: Volume) -> str:
-    """Digest of the voxels of a scan, 32 hexadecimal digits.
+    """Half of the SHA-256 of a scan's shape and values in RAS+ axes as float32, 32 hexadecimal digits.
 
-    The first half of the SHA-256 of shape and values in RAS+ axes as float32. File name, compression, data type, header
-    and the order of the axes do not change it; resampling, cropping and rescaling do.
+    File name, compression, data type, header and the order of the axes do not change it; resampling, cropping and
+    rescaling do.
     """
     data = to_ras(volume.data, volume.affine)[0]
     digest = hashlib.sha256(f"{data.shape}".encode())
@@ -290,164 +223,9 @@ def axis_codes(affine: np.ndarray) -> str:
     return "".join(str(code) for code in nib.orientations.aff2axcodes(affine))
 
 
-def check_memory(voxels: float, what: str) -> None:
-    """Raise a ValueError, which begins with `what`, if so many float32, with a copy, need over half of the memory."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not 8 * voxels <= memory / 2:
-        raise ValueError(f"{what}: {voxels:.3g} voxels do not fit into the memory of this machine")
-
-
-def _read(path: Path, limit: int) -> bytes:
-    """The first `limit` bytes of a file, decompressed; a file that ends earlier has the length and CRC of its gzip."""
-    check_present(path)
-    if not path.stat().st_size:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
-    try:
-        with gzip.open(path) if _is_zipped(path) else path.open("rb") as file:
-            return file.read(limit)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged or truncated gzip ({error}); copy or download it again") from None
-
-
-def _is_zipped(path: Path) -> bool:
-    """Whether a file is compressed by gzip: by its first bytes, which in an `.img` are voxels of any value."""
-    with path.open("rb") as file:
-        return path.suffix != ".img" and file.read(2) == b"\x1f\x8b"
-
-
-def _warn_misnamed(path: Path) -> None:
-    zipped = _is_zipped(path)
-    if zipped == (path.suffix in (".gz", ".mgz")):
-        return
-    if path.suffix in FREESURFER:
-        right = path.with_suffix(".mgz" if zipped else ".mgh").name
-    else:
-        right = f"{path.name}.gz" if zipped else path.stem
-    warnings.warn(
-        f"{path}: is {'' if zipped else 'not '}compressed by gzip, though its name says otherwise; it is read as "
-        f"it is, but other programs refuse it: rename it to {right}",
-        stacklevel=4,
-    )
-
-
-def _read_announced(path: Path, start: int, shape: Sequence[int], itemsize: int, padding: int) -> bytes:
-    """The file with the voxels, if it holds what its header announces and at most `padding` bytes more.
-
-    A gzip file of a few bytes may hold any number of them, and a header may announce any number of voxels.
-    """
-    voxels = math.prod(shape)
-    if not 0 <= start <= LARGEST_OFFSET or not shape or min(shape) < 1:
-        raise ValueError(f"{path}: its header announces shape {tuple(shape)} from byte {start} on; convert it again")
-    check_memory(voxels, f"{path}: shape {tuple(shape)}")
-    size = start + voxels * itemsize
-    payload = _read(path, size + padding + 1)
-    if len(payload) < size:
-        raise ValueError(f"{path}: truncated: {len(payload)} of {size} bytes; copy or download it again")
-    if len(payload) > size + padding:
-        raise ValueError(f"{path}: holds more than the {size} bytes that its header announces; convert it again")
-    return payload
-
-
-def _load(path: str | Path) -> Any:
-    """A nibabel image on bytes in memory."""
-    path = Path(path)
-    if not path.name.endswith(IMAGE_ENDINGS):
-        raise ValueError(f"{path}: not an image that asa reads; give one of {', '.join(IMAGE_ENDINGS)}")
-    if path.name.endswith(ITK):
-        return _load_itk(path)
-    freesurfer = path.name.endswith(FREESURFER)
-    single = path.name.endswith((".nii", ".nii.gz")) or freesurfer
-    files = [path] if single else _pair(path)
-    beginning = _read(files[0], LONGEST_HEADER)
-    kind: Any = nib.MGHImage if freesurfer else nib.Nifti1Image
-    if not single:
-        kind = nib.Nifti1Pair if beginning[344:347] == b"ni1" else nib.AnalyzeImage
-    elif not freesurfer and 540 in (int.from_bytes(beginning[:4], order) for order in ("little", "big")):
-        kind = nib.Nifti2Image  # by the size of the header
-    with _named(path):
-        header = kind.header_class.from_fileobj(io.BytesIO(beginning))
-        announced = int(header.get_data_offset()), tuple(map(int, header.get_data_shape()))
-        itemsize = header.get_data_dtype().itemsize
-    pixels = _read_announced(files[-1], *announced, itemsize, TAGS if freesurfer else PADDING)
-    with _named(path):
-        parts = {"image": pixels} if single else {"header": beginning, "image": pixels}
-        image = kind.from_file_map({name: FileHolder(fileobj=io.BytesIO(part)) for name, part in parts.items()})
-        if freesurfer:  # nibabel replaces the orientation of a file that states none
-            image.header["goodRASFlag"] = int.from_bytes(beginning[28:30], "big")
-    for file in files:
-        _warn_misnamed(file)
-    return image
-
-
-def _load_itk(path: Path) -> Any:
-    """A NRRD or MetaImage file as a nibabel image, with the grid that the file states."""
-    sitk = require("SimpleITK", "prepare", f"{path.suffix} files")
-    beginning = _read(path, LONGEST_HEADER)
-    text = beginning.split(b"\n\n" if path.suffix == ".nrrd" else b"ElementDataFile", 1)[0].decode("latin-1").lower()
-    local = path.suffix == ".nrrd" or re.search(rb"ElementDataFile\s*=\s*LOCAL", beginning)
-    if re.search(r"^data ?file:", text, re.MULTILINE) or not local:
-        raise ValueError(f"{path}: its voxels lie in another file; write both as one, or as NIfTI")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        check_memory(math.prod(reader.GetSize()), f"{path}: shape {reader.GetSize()}")
-        image = reader.Execute()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        problem = f"not a {path.suffix} image, or damaged ({reason}); copy or convert it again"
-        raise ValueError(f"{path}: {problem}") from None
-    dimension = image.GetDimension()
-    affine = np.eye(4)
-    if dimension == 3:
-        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-        affine[:3, 3] = image.GetOrigin()
-        affine = np.diag([-1.0, -1, 1, 1]) @ affine  # ITK's axes are LPS
-    data = sitk.GetArrayFromImage(image)
-    vector = image.GetNumberOfComponentsPerPixel() > 1  # its components are the last axis
-    data = data.transpose([*reversed(range(dimension)), *([dimension] if vector else [])])
-    states = r"^(transformmatrix|rotation|orientation)\s*="
-    if path.suffix == ".nrrd":
-        states = r"^space: *(left-posterior|right-anterior|left-anterior|lp|ra|la)-?s"
-    found = nib.Nifti1Image(data, affine, dtype=data.dtype)  # int64, too, which is read and not written
-    found.header.set_sform(affine, code=1 if re.search(states, text, re.MULTILINE) else 0)
-    return found
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of nibabel about a header as a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:  # of many types, for the many ways in which a header can be wrong
-        raise ValueError(f"{path}: not a NIfTI or Analyze image ({reason_of(error)}); convert it again") from None
-
-
-def _pair(path: Path) -> list[Path]:
-    """Header and image of a pair of files, of which one is given."""
-    stem = path.name.removesuffix(".gz")
-    is_header = stem.endswith(".hdr")
-    other = stem[:-4] + (".img" if is_header else ".hdr")
-    for found in (path.with_name(other), path.with_name(other + ".gz")):
-        if os.path.lexists(found):
-            return [path, found] if is_header else [found, path]
-    raise FileNotFoundError(f"{path}: the other file of the pair, {other}, is missing; keep both in one folder")
-
-
-def _voxels(image: Any, path: str | Path) -> np.ndarray:
-    if image.get_data_dtype().kind not in "biuf":
-        raise ValueError(f"{path}: voxels have type {image.get_data_dtype()}, not numbers; convert to a scalar image")
-    try:
-        return np.asanyarray(image.dataobj)
-    except (OSError, ValueError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path}: its voxels cannot be read ({one_line(error)}); copy or convert it again") from None
-
-
 def _intensities(image: Any, path: str | Path, nan: str = "refuse") -> np.ndarray:
     """The voxels as float32, all of them finite."""
-    data = _voxels(image, path).astype(np.float32, order="F", copy=False)
+    data = voxels_of(image, path).astype(np.float32, order="F", copy=False)
     wrong = ~np.isfinite(data)
     if nan == "zero" and (background := _outside(np.isnan(data))).any():
         known = data[~wrong] if not wrong.all() else np.zeros(1)
@@ -481,30 +259,20 @@ def _surrounded(background: np.ndarray, head: np.ndarray) -> np.ndarray:
     return inside & (inside.sum() > LARGEST_SULCI * head.sum())
 
 
-def _three_d(data: np.ndarray, path: str | Path) -> np.ndarray:
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
-    if data.ndim != 3:
-        raise ValueError(f"{path}: shape {data.shape} is not 3-D; give one volume (split a series first)")
-    if min(data.shape) < 2:
-        raise ValueError(f"{path}: shape {data.shape} is a single slice; asa needs a volume")
-    return data
-
-
 def _affine(image: Any, path: str | Path) -> np.ndarray:
     header = image.header
-    if isinstance(header, nib.AnalyzeImage.header_class) and not _is_nifti(header):
+    if isinstance(header, nib.AnalyzeImage.header_class) and not is_nifti(header):
         warnings.warn(
             f"{path}: Analyze stores no orientation; assumed to be {axis_codes(image.affine)}; check left and right, "
             "and state the orientation with asa-orient if this is wrong",
             stacklevel=3,
         )
-    elif not _stores_orientation(header):
+    elif not stores_orientation(header):
         raise ValueError(
             f"{path}: no orientation{' (qform and sform codes are both 0)' if '.nii' in Path(path).name else ''}; find "
             "out the directions of its axes, left and right above all, and state them with asa-orient"
         )
-    elif _is_nifti(header):
+    elif is_nifti(header) and header["qform_code"] and header["sform_code"]:
         _compare_codes(header, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     spacing = spacing_of(affine)
@@ -512,7 +280,7 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
     if not np.isfinite(affine).all() or (spacing < 1e-3).any() or abs(np.linalg.det(axes)) < 1e-2:
         raise ValueError(f"{path}: the affine is singular or not finite; correct the header, or convert the file again")
     shear = np.abs(axes.T @ axes - np.eye(3)).max()  # cosine between two axes, 0 for right angles
-    if shear > ITK_SHEAR and not (_is_nifti(header) and header["qform_code"]):
+    if shear > ITK_SHEAR and not (is_nifti(header) and header["qform_code"]):
         warnings.warn(
             f"{path}: its axes are not at right angles ({shear:.1%} shear), and it has no qform: tools with ITK "
             "(ITK-SNAP, Slicer, ANTs) refuse it, and label maps on its grid",
@@ -523,12 +291,10 @@ def _affine(image: Any, path: str | Path) -> np.ndarray:
 
 def _compare_codes(header: Any, path: str | Path) -> None:
     """Warn if qform and sform disagree, of which nibabel reads the sform and ITK the qform."""
-    if not (header["qform_code"] and header["sform_code"]):
-        return
     try:
-        affines = [header.get_qform(), header.get_sform()]
+        affines = header.get_qform(), header.get_sform()
         codes = [axis_codes(affine) for affine in affines]
-        apart = _corners_apart(affines[0], affines[1], header.get_data_shape()[:3])
+        apart = _corners_apart(*affines, header.get_data_shape()[:3])
     except (HeaderDataError, ValueError, np.linalg.LinAlgError):
         return  # not a rotation, or singular, which is checked separately
     if codes[0] != codes[1]:
@@ -543,16 +309,6 @@ def _compare_codes(header: Any, path: str | Path) -> None:
             "the qform, like those with ITK, show the head in another place; make both the same",
             stacklevel=4,
         )
-
-
-def _stores_orientation(header: Any) -> bool:
-    if isinstance(header, nib.MGHImage.header_class):
-        return int(header["goodRASFlag"]) == 1
-    return _is_nifti(header) and bool(int(header["qform_code"]) or int(header["sform_code"]))
-
-
-def _is_nifti(header: Any) -> bool:
-    return isinstance(header, nib.Nifti1Header)
 
 
 def _label_dtype(data: np.ndarray, path: str | Path) -> np.dtype:

@@ -29,14 +29,7 @@ PATIENCE = 30  # seconds that it has to answer
 
 
 def in_processes(
-    function: Callable[[J], T],
-    jobs: Sequence[J],
-    workers: int,
-    *,
-    title: str,
-    unit: str,
-    progress: bool = True,
-    ordered: bool = False,
+    function: Callable[[J], T], jobs: Sequence[J], workers: int, *, title: str, unit: str, progress: bool = True
 ) -> Iterator[tuple[J, T | None]]:
     """Call a function for each job in worker processes, under a progress bar.
 
@@ -44,14 +37,11 @@ def in_processes(
         function: can be pickled, like its jobs and results. An exception in it is raised here, and jobs that have not
             started are cancelled.
         workers: number of processes; 1 calls the function in this process.
-        title, unit, progress: text of the progress bar, and whether to show it.
-        ordered: yield in the order of the jobs instead of the order in which they finish.
 
     Yields:
-        (job, result); the result is None where the worker process was killed, see `KILLED`, in the end alone.
+        (job, result) as they finish; the result is None where the worker was killed, see `KILLED`, in the end alone.
     """
-    pooled = workers > 1 and len(jobs) > 0
-    results = _in_pool(function, jobs, workers, ordered) if pooled else ((job, function(job)) for job in jobs)
+    results = _in_pool(function, jobs, workers) if workers > 1 else ((job, function(job)) for job in jobs)
     with tqdm(total=len(jobs), desc=title, unit=unit, disable=not progress) as bar, closing(results):
         for pair in results:
             yield pair
@@ -59,11 +49,10 @@ def in_processes(
 
 
 def each_tried(
-    function: Callable[[J], T], jobs: Sequence[J], workers: int = 1, *, title: str, unit: str, progress: bool = True
+    function: Callable[[J], T], jobs: Sequence[J], workers: int = 1, *, title: str, unit: str
 ) -> Iterator[tuple[J, T | None, str]]:
     """As `in_processes`, but a failure stops no other job: (job, result, "") or (job, None, reason in one line)."""
-    tried = partial(_tried, function)
-    for job, outcome in in_processes(tried, jobs, workers, title=title, unit=unit, progress=progress):
+    for job, outcome in in_processes(partial(_tried, function), jobs, workers, title=title, unit=unit):
         result, reason = (None, KILLED) if outcome is None else outcome
         yield job, result, reason
 
@@ -75,21 +64,19 @@ def _tried(function: Callable[[J], T], job: J) -> tuple[T | None, str]:
         return None, reason_of(error)
 
 
-def _in_pool(
-    function: Callable[[J], T], jobs: Sequence[J], workers: int, ordered: bool
-) -> Generator[tuple[J, T | None], None, None]:
+def _in_pool(function: Callable[[J], T], jobs: Sequence[J], workers: int) -> Generator[tuple[J, T | None], None, None]:
     left = list(jobs)
     while left:
-        left = yield from _in_one_pool(function, left, workers, ordered)
+        left = yield from _in_one_pool(function, left, workers)
         # A killed worker ends its pool. Whose it was is not known: what may have been running is tried alone.
         running, left = left[: 2 * workers + 1], left[2 * workers + 1 :]
         for job in running:
-            if (yield from _in_one_pool(function, [job], 1, ordered)):
+            if (yield from _in_one_pool(function, [job], 1)):
                 yield job, None
 
 
 def _in_one_pool(
-    function: Callable[[J], T], jobs: Sequence[J], workers: int, ordered: bool
+    function: Callable[[J], T], jobs: Sequence[J], workers: int
 ) -> Generator[tuple[J, T | None], None, list[J]]:
     """The results of a pool until a worker is killed; returns the jobs that are left then, in their order."""
     called: Any = function
@@ -99,14 +86,11 @@ def _in_one_pool(
     with ProcessPoolExecutor(count, mp_context=worker_context(called.__module__), initializer=end_with_parent) as pool:
         futures = {pool.submit(function, job): k for k, job in enumerate(jobs)}
         try:
-            for future in list(futures) if ordered else as_completed(futures):
+            for future in as_completed(futures):
                 k = futures.pop(future)
                 try:
                     result = future.result()
                 except BrokenExecutor:
-                    left.append(k)
-                    continue
-                if ordered and left:  # one before it comes first
                     left.append(k)
                 else:
                     yield jobs[k], result
@@ -132,18 +116,15 @@ def on_cluster(
     twice for a job, even at the same time, and must then do the same.
 
     Args:
-        function, title, unit, progress: as for `in_processes`.
-        scheduler: address of the scheduler, like tcp://login1:8786.
+        scheduler: its address, like tcp://login1:8786.
         shared: a file that every worker has to find as it is here.
         made_with: versions of what the function computes with, which have to be the same here and in every worker.
 
     Yields:
-        (job, result) in the order in which they finish; the result is None where several workers were lost with the
-        job.
+        (job, result) as they finish; the result is None where several workers were lost with the job.
 
     Raises:
-        ImportError: dask is not installed.
-        ConnectionError: no scheduler answers, or it was lost.
+        ImportError, ConnectionError: dask is not installed; no scheduler answers, or it was lost.
         ValueError: a worker has several threads or other versions, or does not have the shared file.
     """
     dask = require("distributed", "dask", "executor=dask")
@@ -191,7 +172,6 @@ def _on_worker(
     ours: dict[str, str],
     job: J,
 ) -> T:
-    """Call the function in a worker of dask, after checks of the worker."""
     worker: Any = require("distributed", "dask", "executor=dask").get_worker()
     if worker.state.nthreads != 1:  # warnings and the number of torch's threads are those of the whole process
         raise ValueError(
@@ -213,7 +193,7 @@ def _on_worker(
 def worker_context(module: str) -> BaseContext:
     """How workers are started: as forks of one process that has imported `module`, which takes seconds, for all.
 
-    On Windows, which has no forks, each worker imports it.
+    On Windows, without forks, each imports it.
     """
     if "forkserver" not in get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -243,18 +223,14 @@ def end_with_parent() -> None:
 def ignore_stop_signals() -> None:
     """In a worker: ignore SIGTERM and SIGUSR1. The parent then needs `end_workers_at_exit` to exit.
 
-    Slurm and other schedulers send these signals to the whole process group. The training process then saves a
-    checkpoint, and needs its workers until it has done so.
+    Slurm sends them to the whole process group, and the training process needs its workers until it has saved.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers_at_exit() -> None:
-    """In the parent: kill the workers of a loader that is still open when the process exits.
-
-    Python would send them SIGTERM, which they ignore, and wait for them.
-    """
+    """In the parent: kill, at its exit, workers of an open loader, for which Python waits as they ignore SIGTERM."""
     atexit.unregister(_kill_workers)
     atexit.register(_kill_workers)  # runs before Python's own, which was registered earlier
 

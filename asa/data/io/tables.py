@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,16 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no table in UTF-8, or a Parquet that holds far more than its size accounts for; two of
-            its columns have one name, or a row has fewer or more cells.
+        ValueError: no table in UTF-8, a Parquet that holds far more than its size accounts for, two columns with one
+            name, or a row with fewer or more cells.
         ImportError: a .parquet without the `parquet` extra.
     """
     path = Path(path)
     if path.suffix == PARQUET:
         names, columns = _parquet_columns(path)
-        cells = [[_cell(value) for value in one] for one in columns]
-        return [dict(zip(names, row, strict=True)) for row in zip(*cells, strict=True)]
+        return [dict(zip(names, map(_cell, row), strict=True)) for row in zip(*columns, strict=True)]
     with _text_rows(path) as reader:
-        header = [name for name in reader.fieldnames or () if name]
-        own = _delimiter(path)
+        header, own = [name for name in reader.fieldnames or () if name], _delimiter(path)
         if len(header) == 1 and (others := [mark for mark in SEPARATORS if mark != own and mark in header[0]]):
             found = f"by {SEPARATORS[others[0]]}, and have to be by {SEPARATORS[own]}"
             raise ValueError(f"{path}: its columns are separated {found}: export it again")
@@ -76,13 +74,9 @@ def read_header(path: Path) -> list[str]:
 
 
 def check_own(table: Path, command: str, required: Collection[str], others: str = ".*") -> None:
-    """Check that a table, if there is one, is of the command that will replace it or add to it, by its columns.
+    """Raise a ValueError for a table, if there is one, that a command cannot replace or add to as it is not its own.
 
-    Args:
-        table: the file.
-        command: its name, for the ValueError.
-        required: columns that each table of the command has.
-        others: regular expression of the names of all others.
+    Each table of the command has the columns `required`, and `others` is a regular expression of all other names.
     """
     names, own = set(read_header(table) if table.exists() else ()), set(required)
     if names and not (own <= names and all(re.fullmatch(others, name) for name in names - own)):
@@ -104,10 +98,8 @@ def notes_of(rows: Collection[Mapping[str, str]]) -> list[str]:
         )
     networks = Counter(row[NETWORK] for row in rows if row.get(NETWORK))
     if len(networks) > 1:
-        shares = ", ".join(f"{name} {count}" for name, count in networks.items())
-        lines.append(
-            f"note: predicted by {len(networks)} networks (scans of each: {shares}): right for a cross-validation alone"
-        )
+        by = f"{len(networks)} networks (scans of each: {', '.join(f'{name} {n}' for name, n in networks.items())})"
+        lines.append(f"note: predicted by {by}: right for a cross-validation alone")
     return lines
 
 
@@ -121,27 +113,19 @@ def check_capitals(table: str | Path, header: Collection[str], names: Iterable[s
 def read_column(
     path: str | Path, column: str, records: Iterable[Mapping[str, Any]], *, missing_ok: bool = False
 ) -> dict[str, str]:
-    """One column of a table, by scan.
+    """One column of a table, by the id of each of the `records` that it lists.
 
     A row describes a scan, named in a column "id", or all scans of a subject, named in a column "subject", or
     "participant_id" as in participants.tsv of BIDS. With a column "session_id" too, like ses-01 or 01, it describes
     those scans of the subject whose ids have this session, like sub-01_ses-01_run-1; an id without one is of the
-    subject's only row. Empty cells are skipped, and those of BIDS, n/a.
-
-    Args:
-        path, column: the table, and the name of the column.
-        records: scans, each with an id and a subject.
-        missing_ok: a table without this column gives no values, instead of an error.
-
-    Returns:
-        Record id -> value, for the records that the table lists.
+    subject's only row. Empty cells are skipped, and those of BIDS, n/a. With `missing_ok` a table without this column
+    gives no values.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a missing column, a name in two rows, a value with line breaks, or no row for any of the scans.
+        FileNotFoundError, ValueError: no such file, a missing column, a name in two rows, a value with line breaks, or
+            no row for any of the scans.
     """
-    records = list(records)
-    rows = read_rows(path)
+    records, rows = list(records), read_rows(path)
     if not rows:
         raise ValueError(f"{path}: has no rows: fill it in, or export it again")
     header = list(rows[0])
@@ -150,9 +134,8 @@ def read_column(
     if missing_ok and column not in header:
         return {}
     if key is None or column not in header:
-        raise ValueError(
-            f"{path}: the columns are {', '.join(header)}; give id, subject or participant_id, and {column}"
-        )
+        columns = ", ".join(header)
+        raise ValueError(f"{path}: the columns are {columns}; give id, subject or participant_id, and {column}")
     own = NAMED_BY[key]
     by_session = own == "subject" and SESSION in header
     values: dict[str, dict[str, str]] = {}  # by name and session
@@ -160,18 +143,17 @@ def read_column(
         name, value = row[key], row[column]
         session = _session(row[SESSION]) if by_session else ""
         if session in values.get(name, {}):
+            twice = f"{key} {name} {row[SESSION]}" if by_session else f"{key} {name}"
             advice = f"; a table by session needs a column {SESSION}, or a column id like sub-01_ses-01"
-            advice = f"remove one{'' if by_session or own == 'id' else advice}"
-            twice = f"{name} {row[SESSION]}" if by_session else name
-            raise ValueError(f"{path}: {key} {twice} is in two rows: {advice}")
+            more = "" if by_session or own == "id" else advice
+            raise ValueError(f"{path}: {twice} is in two rows: remove one{more}")
         if not value.isprintable():
             raise ValueError(f"{path}: {key} {name}: {value!r} has line breaks or other control characters: correct it")
         if value not in EMPTY:
             values.setdefault(name, {})[session] = value
     names = match_names(path, values, {record[own] for record in records})
     matched = {one["id"]: _of_session(values[names[one[own]]], one["id"]) for one in records if one[own] in names}
-    found = {id: value for id, value in matched.items() if value is not None}
-    if not found:
+    if not (found := {id: value for id, value in matched.items() if value is not None}):
         of, like = (f"{key} with its {SESSION}", "id") if by_session else (key, own)
         count = sum(map(len, values.values()))
         raise ValueError(f"{path}: no {of} of its {count} rows is one of the scans, like {records[0][like]}")
@@ -193,11 +175,10 @@ def _of_session(values: Mapping[str, str], id: str) -> str | None:
 
 
 def match_names(path: str | Path, listed: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """Name of a scan or subject -> name in a table, for those of `names` and `listed` that are nearly the same.
+    """Name of a scan or subject -> its name among those `listed` in the table `path`.
 
-    Nearly: but for sub-, zeros before a number, capitals, and the .0 that pandas writes. A name that several of the
-    others may mean is left out. Warnings name the table, `path`, and say which names were matched in this way, and how
-    many of the table match none.
+    They may differ in sub-, zeros before a number, capitals, and the .0 that pandas writes, unless several of the
+    others may be meant. Warnings say which names were matched in this way, and how many of the table match none.
     """
     found = {name: name for name in names if name in listed}
     loose: dict[str, tuple[list[str], list[str]]] = {}
@@ -208,30 +189,24 @@ def match_names(path: str | Path, listed: Collection[str], names: Collection[str
     near = {ours[0]: theirs[0] for ours, theirs in loose.values() if len(ours) == len(theirs) == 1}
     if near:
         name, text = min(near.items())
-        warnings.warn(
-            f"{path}: {len(near)} names differ in sub-, zeros or capitals, so {text} is taken for {name}", stacklevel=3
-        )
+        told = f"{len(near)} names differ in sub-, zeros or capitals, so {text} is taken for {name}"
+        warnings.warn(f"{path}: {told}", stacklevel=3)
     found |= near
     lone, without = sorted(set(listed) - set(found.values())), sorted(set(names) - found.keys())
     if lone and without:
-        warnings.warn(
-            f"{path}: {len(lone)} of its {len(listed)} names match none here, like {lone[0]}, and {len(without)} here "
-            f"are not in it, like {without[0]}: compare their spelling",
-            stacklevel=3,
-        )
+        told = f"{len(lone)} of its {len(listed)} names match none here, like {lone[0]}"
+        absent = f"{len(without)} here are not in it, like {without[0]}"
+        warnings.warn(f"{path}: {told}, and {absent}: compare their spelling", stacklevel=3)
     return found
 
 
 def as_number(source: str | Path, scan: str, column: str, text: str) -> float:
     """The number of a cell; a ValueError that names the table, the scan and the column where it is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        advice = "give one, or leave the cell empty to leave the scan out"
-        raise ValueError(f"{source}: {scan}: {column} is {text!r} and not a number: {advice}")
-    return value
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    advice = "give one, or leave the cell empty to leave the scan out"
+    raise ValueError(f"{source}: {scan}: {column} is {text!r} and not a number: {advice}")
 
 
 def check_health(source: str | Path, values: Iterable[str]) -> None:
@@ -261,10 +236,9 @@ def check_table(path: Path) -> None:
 
 
 def write_numbers(path: Path, header: Sequence[str], rows: Mapping[str, Iterable[float]]) -> None:
-    """Write numbers of scans as a table: id, and the columns of `header`; CSV, TSV or Parquet by the file's ending.
+    """Write rows of numbers, by id, as a table with the columns id and `header`; raises as `check_table`.
 
-    Rows are by id. NaN becomes an empty cell, or null in Parquet, which holds float32; text has 6 digits. Raises as
-    `check_table`.
+    NaN becomes an empty cell, or null in Parquet, which holds float32; text has 6 digits.
     """
     check_table(path)
     if path.suffix == PARQUET:
@@ -291,7 +265,7 @@ def _pyarrow() -> Any:
 
 
 def _parquet_columns(path: Path) -> tuple[list[str], list[list[Any]]]:
-    """Names and values of the columns of a Parquet file; equal texts are one object, however often they occur."""
+    """Names and values of the columns; equal texts are one object."""
     with _parquet_errors(path) as arrow:
         schema = arrow.parquet.read_schema(path)
         names, texts = schema.names, [field.name for field in schema if arrow.types.is_string(field.type)]

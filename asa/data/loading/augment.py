@@ -53,7 +53,7 @@ def draw_augmentation(
     """Draw the parameters of one crop.
 
     Args:
-        channels: of the image.
+        channels: number of them in the image.
         size, spacing: of the crop (D, H, W), in voxels and in mm; rotations and smooth fields are in mm.
         missing: channels that the scan lacks, which stay 0.
     """
@@ -69,9 +69,11 @@ def draw_augmentation(
     up, front, changed, u = (float(torch.rand((), generator=more, dtype=torch.float64)) for _ in range(4))
     fields = torch.Generator().manual_seed(int(draws[11] * 2**53) + 2)
     others = [axis for axis, draw in (("D", up), ("H", front)) if draw < settings.mirror_probability]
+    # Control points around the crop: along each axis three more than it has whole intervals.
+    points = [int((n - 1) * mm / KNOTS) + 4 for n, mm in zip(size, spacing, strict=True)]
     return Augmentation(
-        matrix=_in_voxels(_rotation(angles), spacing) / factor if rotate or zoom else None,
-        displacement=_displacement(settings, size, spacing, fields) if settings.deform else None,
+        matrix=_rotation(angles, spacing) / factor if rotate or zoom else None,
+        displacement=_displacement(settings, points, spacing, fields) if settings.deform else None,
         mirror="".join(axis for axis in others if axis in settings.mirror_axes) + "W" * flipped,
         gamma=_log_uniform(settings.gamma, draws[8]) if change_gamma else 1.0,
         gain=1.0 + settings.brightness * (2 * draws[9] - 1),
@@ -80,45 +82,33 @@ def draw_augmentation(
         dropped=_dropped(settings.modality_dropout, channels, missing, generator),
         contrast=_log_uniform(settings.contrast, u) if changed < CONTRAST_PROBABILITY else 1.0,
         blur=_blur(settings, channels, more) if settings.blur[1] else (),
-        bias=_bias(settings, size, spacing, fields) if settings.bias_field else None,
+        bias=_bias(settings, points, fields) if settings.bias_field else None,
         spacing=tuple(spacing),
     )
 
 
 def _displacement(
-    settings: AugmentSettings, size: Sequence[int], spacing: Sequence[float], generator: torch.Generator
+    settings: AugmentSettings, points: Sequence[int], spacing: Sequence[float], generator: torch.Generator
 ) -> Tensor | None:
     """Control points of a displacement in voxels, which are bounded so that it cannot fold."""
     if float(torch.rand((), generator=generator, dtype=torch.float64)) >= settings.deform_probability:
         return None
-    draws = torch.randn(3, *_control_points(size, spacing), generator=generator, dtype=torch.float64)
+    draws = torch.randn(3, *points, generator=generator, dtype=torch.float64)
     mm = (draws * settings.deform / SPLINE_SD).clamp(-UNFOLDED * KNOTS, UNFOLDED * KNOTS)
     return mm / torch.tensor(spacing, dtype=torch.float64)[:, None, None, None]
 
 
-def _bias(
-    settings: AugmentSettings, size: Sequence[int], spacing: Sequence[float], generator: torch.Generator
-) -> Tensor:
+def _bias(settings: AugmentSettings, points: Sequence[int], generator: torch.Generator) -> Tensor:
     """Control points of the logarithm of a factor, whose standard deviation is drawn from 0 to the largest."""
     strength = settings.bias_field * float(torch.rand((), generator=generator, dtype=torch.float64))
-    draws = torch.randn(*_control_points(size, spacing), generator=generator, dtype=torch.float64)
-    return draws * strength / SPLINE_SD
-
-
-def _control_points(size: Sequence[int], spacing: Sequence[float]) -> list[int]:
-    """Number of control points along each axis of a box: those around it, three more than it has whole intervals."""
-    return [int((n - 1) * mm / KNOTS) + 4 for n, mm in zip(size, spacing, strict=True)]
+    return torch.randn(*points, generator=generator, dtype=torch.float64) * strength / SPLINE_SD
 
 
 def smooth_field(points: Tensor, size: Sequence[int], spacing: Sequence[float]) -> Tensor:
     """Values of a uniform cubic B-spline with control points every `KNOTS` mm, at all voxels of a box.
 
-    Args:
-        points: control points `(..., P, Q, R)`, as many as `draw_augmentation` draws for the box.
-        size, spacing: of the box (D, H, W), in voxels and in mm.
-
-    Returns:
-        `(..., D, H, W)` float32.
+    Control points `(..., P, Q, R)`, as many as `draw_augmentation` draws for the box -> `(..., D, H, W)` float32; size
+    and spacing are those of the box, in voxels and in mm.
     """
     for axis, (n, mm) in enumerate(zip(size, spacing, strict=True), start=-3):
         at = torch.arange(n, dtype=torch.float64) * mm / KNOTS
@@ -165,18 +155,13 @@ def source_size(size: Sequence[int], drawn: Augmentation) -> tuple[int, ...]:
 def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, *, label: bool = False) -> Tensor:
     """Rotate, zoom, deform and flip a box of `source_size` into a crop of `size` voxels, in one interpolation.
 
-    Args:
-        volume: `(C, D, H, W)`, float, or class indices with `label=True`.
-        size: (D, H, W) of the crop.
-        label: nearest neighbour instead of linear interpolation.
-
-    Returns:
-        `(C, *size)` of the type of the input.
+    `(C, D, H, W)` float -> `(C, *size)`; class indices, with `label=True`, keep their type, and are read by nearest
+    neighbour instead of linear interpolation.
     """
     from monai.transforms import Affine, Resample
 
     mode = "nearest" if label else "bilinear"
-    warped: Any = None
+    warped: Any = volume
     if drawn.displacement is not None:
         warped = Resample(padding_mode="zeros")(volume.float(), sampling_offsets(size, drawn), mode=mode)
     elif drawn.matrix is not None:
@@ -184,8 +169,7 @@ def spatial_transform(volume: Tensor, size: Sequence[int], drawn: Augmentation, 
         affine[:3, :3] = drawn.matrix
         warp = Affine(affine=affine, spatial_size=tuple(size), padding_mode="zeros", image_only=True)
         warped = warp(volume.float(), mode=mode)
-    if warped is not None:
-        volume = _plain(warped).to(volume.dtype).contiguous()
+    volume = _plain(warped).to(volume.dtype).contiguous()
     return flip(volume, drawn.mirror) if drawn.mirror else volume
 
 
@@ -251,16 +235,8 @@ def _log_uniform(bounds: Sequence[float], u: float) -> float:
     return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
 
 
-def _in_voxels(matrix: Tensor, spacing: Sequence[float]) -> Tensor:
-    """A map between points in mm as one between voxels of a size in mm."""
-    if len(set(spacing)) == 1:
-        return matrix
-    sizes = torch.tensor(spacing, dtype=torch.float64)
-    return matrix * sizes / sizes[:, None]
-
-
-def _rotation(angles: Sequence[float]) -> Tensor:
-    """Rotation about the axes D, H and W by the angles in radians, (3, 3) float64."""
+def _rotation(angles: Sequence[float], spacing: Sequence[float]) -> Tensor:
+    """Rotation about the axes D, H and W by angles in radians, (3, 3) float64, of offsets in voxels of a size in mm."""
     matrix = torch.eye(3, dtype=torch.float64)
     for axis, angle in enumerate(angles):
         i, j = [k for k in range(3) if k != axis]
@@ -268,4 +244,7 @@ def _rotation(angles: Sequence[float]) -> Tensor:
         about_axis[i, i] = about_axis[j, j] = math.cos(angle)
         about_axis[i, j], about_axis[j, i] = -math.sin(angle), math.sin(angle)
         matrix = matrix @ about_axis
-    return matrix
+    if len(set(spacing)) == 1:
+        return matrix
+    sizes = torch.tensor(spacing, dtype=torch.float64)
+    return matrix * sizes / sizes[:, None]

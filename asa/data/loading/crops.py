@@ -93,7 +93,7 @@ class CropDataset(Samples):
         air: edge of the patches in voxels for "air"; None: without it.
         excluded: the same for "excluded"; a record without a label map has none.
         attached: numbers that belong to a scan, by record id and then by their key in the batch.
-        seed: the seed of the run.
+        seed: of the run.
 
     Raises:
         ValueError: a size that is not three edges, an unknown crop, no records, a record without label, or a foreground
@@ -128,7 +128,8 @@ class CropDataset(Samples):
                 f"data.foreground={self.foreground} needs random crops of labelled scans: set data.placement=random"
             )
         for record in self.records if self.labelled else ():
-            if not _has_label(record, self.source):
+            # The label map is opened only where the record does not tell.
+            if not ("label" in record["arrays"] if "arrays" in record else self.source.label(record["id"]) is not None):
                 raise ValueError(f"{record['id']}: has no label map; leave it out of the split or prepare it with one")
         self.ids = self.records.ids if isinstance(self.records, Records) else [record["id"] for record in self.records]
         self._augment = self.augment or AugmentSettings()
@@ -166,19 +167,14 @@ class CropDataset(Samples):
         if self.excluded is not None:
             ignored = torch.zeros(1, *self.size, dtype=torch.bool) if label is None else label == IGNORED
             sample["excluded"] = patchify(ignored[None], self.excluded)[0].any(dim=1)
-        for key, value in (self.attached or {}).get(record_id, {}).items():
-            sample[key] = torch.tensor(value)
         if self.labelled:
             assert label is not None
             sample["label"] = label.contiguous()
-        return sample
+        return sample | {key: torch.tensor(value) for key, value in (self.attached or {}).get(record_id, {}).items()}
 
-    def _label(
-        self, record_id: str, start: Sequence[int], box: Sequence[int], drawn: Augmentation
-    ) -> torch.Tensor | None:
+    def _label(self, id: str, start: Sequence[int], box: Sequence[int], drawn: Augmentation) -> torch.Tensor | None:
         """The crop of the label map `(1, D, H, W)`; None for a record without one."""
-        source = self.source.label(record_id)
-        if source is None:
+        if (source := self.source.label(id)) is None:
             return None
         label = spatial_transform(torch.from_numpy(read_box(source, start, box)), self.size, drawn, label=True)
         return swap_sides(label, self.lateral_pairs) if "W" in drawn.mirror else label
@@ -190,17 +186,13 @@ class CropDataset(Samples):
         return (1.0, 1.0, 1.0) if chain is None else spacing_of(np.array(chain["stored_affine"]))[::-1].tolist()
 
     def _missing(self, index: int, image: np.ndarray) -> tuple[int, ...]:
-        """The channels that a scan lacks, which are 0 everywhere; only where something would fill or drop them.
-
-        The volume is read where the record does not tell that all are there.
-        """
+        """The channels that a scan lacks, which are 0 everywhere; only where something would fill or drop them."""
         if len(image) == 1 or not (self._augment.noise or self._augment.modality_dropout):
             return ()
         if (id := self.ids[index]) not in self.missing:
             record = self.records[index]
-            whole = "arrays" in record and "missing" not in record
-            lacking = () if whole else tuple(k for k, channel in enumerate(image) if not channel.any())
-            self.missing[id] = lacking
+            whole = "arrays" in record and "missing" not in record  # else the volume is read
+            self.missing[id] = () if whole else tuple(k for k, channel in enumerate(image) if not channel.any())
         return self.missing[id]
 
     def _start(self, record_id: str, shape: Sequence[int], generator: torch.Generator, box: Sequence[int]) -> list[int]:
@@ -231,11 +223,6 @@ class CropDataset(Samples):
         return self.foregrounds[record_id].draw(label, draws)
 
 
-def _has_label(record: Mapping[str, Any], source: VolumeSource) -> bool:
-    """Whether a record has a label map, which is opened only where the record does not tell."""
-    return "label" in record["arrays"] if "arrays" in record else source.label(record["id"]) is not None
-
-
 class Foreground:
     """Draws voxels of the classes of a label map `(1, D, H, W)` uint8, whose number in every slice it keeps.
 
@@ -251,9 +238,7 @@ class Foreground:
     def draw(self, label: np.ndarray, draws: Sequence[float]) -> tuple[int, int, int] | None:
         """A class with equal probabilities, then (d, h, w) of one of its voxels; None where there is no class.
 
-        Args:
-            label: the same label map.
-            draws: two numbers in [0, 1).
+        The label map is the same one, and the draws are two numbers in [0, 1).
         """
         if not self.classes:
             return None

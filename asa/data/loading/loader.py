@@ -4,6 +4,7 @@ A batch is a dict of the samples' tensors, stacked along a first axis B; "seed" 
 of record ids.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -46,37 +47,26 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         micro_batch = self.batch_size // self.micro_batches
         per_rank = micro_batch // self.world_size
-        n = self.start_step * self.batch_size + self.rank * per_rank
-        order: list[int] = []
-        shuffled = -1
-        while True:
+        shuffled, order = -1, list[int]()
+        for start in itertools.count(self.start_step * self.batch_size + self.rank * per_rank, micro_batch):
             batch = []
-            for _ in range(per_rank):
+            for n in range(start, start + per_rank):
                 epoch, item = divmod(n, self.records)
                 if epoch != shuffled:
                     generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
-                    order = torch.randperm(self.records, generator=generator).tolist()
-                    shuffled = epoch
+                    shuffled, order = epoch, torch.randperm(self.records, generator=generator).tolist()
                 batch.append((order[item], epoch))
-                n += 1
-            n += micro_batch - per_rank
             yield batch
 
 
 def make_loader(
-    dataset: Samples,
-    batch_size: int,
-    settings: LoaderSettings,
-    *,
-    pin_memory: bool = False,
-    **position: int,
+    dataset: Samples, batch_size: int, settings: LoaderSettings, *, pin_memory: bool = False, **position: int
 ) -> DataLoader[dict[str, Any]]:
     """An endless loader of micro-batches of this rank, see `collate`.
 
     Args:
         dataset: the crops; its seed also determines their order.
         batch_size, position: of `EndlessSampler`.
-        settings: number of workers.
         pin_memory: page-locked batches, for a GPU.
     """
     if workers := settings.workers:
@@ -96,10 +86,9 @@ def make_loader(
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack the tensors of samples; seeds become an int64 tensor `(B,)`, ids a list."""
     tensors = [key for key, value in samples[0].items() if isinstance(value, Tensor)]
-    batch: dict[str, Any] = {key: torch.stack([sample[key] for sample in samples]) for key in tensors}
-    batch["seed"] = torch.tensor([sample["seed"] for sample in samples], dtype=torch.int64)
-    batch["id"] = [sample["id"] for sample in samples]
-    return batch
+    stacked = {key: torch.stack([sample[key] for sample in samples]) for key in tensors}
+    seeds = torch.tensor([sample["seed"] for sample in samples], dtype=torch.int64)
+    return {**stacked, "seed": seeds, "id": [sample["id"] for sample in samples]}
 
 
 def _start_worker(_: int) -> None:

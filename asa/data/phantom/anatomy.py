@@ -6,17 +6,18 @@ Arrays are (D, H, W) in RAS+ axes, lengths are mm. Intensities are relative to w
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
+from asa.data.datasets.freesurfer import SIDED
 from asa.data.phantom.lesions import Lesion, TumourPlan
-from asa.data.phantom.structures import lateral_ventricles, structure_maps
 from asa.data.phantom.warp import displacement_of, grid_points, random_velocity, sample, smooth_noise, to_grid
 from asa.data.preprocessing.registration import load_map
+from asa.data.preprocessing.resampling import largest_part
 
 TISSUES = {1: "csf", 2: "gm", 3: "wm"}
 
@@ -30,6 +31,29 @@ CONTRAST: dict[str, tuple[tuple[float, float], ...]] = {
 ASYMMETRY = 0.25  # size of the deformation's left-right asymmetric part, relative to its symmetric part
 ADDED_BELOW = 16  # slices of 1 mm
 TEXTURE = {"t1": 1.0, "t1ce": 1.0, "t2": -0.6, "flair": -0.3}  # factor of the template's T1 texture
+
+
+class Ellipsoid(NamedTuple):
+    """An ellipsoid and its mirror image, in MNI mm."""
+
+    centre: tuple[float, float, float]  # along (|x|, y, z)
+    radii: tuple[float, float, float]
+    slope: float = 0.0  # mm of z per mm of y along its long axis
+
+
+# Drawn by eye on the template: where they lie, and whether white matter belongs to them as well as grey.
+ELLIPSOIDS: dict[str, tuple[bool, tuple[Ellipsoid, ...]]] = {
+    "thalamus": (True, (Ellipsoid((11, -18, 7), (10, 14, 10)),)),
+    "caudate": (False, (Ellipsoid((12, 13, 6), (8, 11, 13)), Ellipsoid((15, -2, 19), (6, 16, 6)))),
+    "putamen": (False, (Ellipsoid((26, 3, 1), (8, 19, 12)),)),
+    "hippocampus": (False, (Ellipsoid((27, -23, -14), (9, 20, 9), slope=-0.35),)),
+    "brainstem": (True, (Ellipsoid((0, -26, -30), (15, 16, 32), slope=0.35),)),
+}
+STRUCTURES = dict(enumerate(("ventricle", *ELLIPSOIDS), start=1))
+
+# FreeSurfer's values on the left of the structures, and of CSF, GM and WM elsewhere.
+_ASEG = np.array([0, 4, 10, 11, 12, 17, 16], np.uint8)
+_ASEG_TISSUES = np.array([0, 24, 3, 2], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,7 @@ class Subject:
 
 @lru_cache(maxsize=2)
 def load_template(*, rim: bool = False, ventricles: bool = False, structures: bool = False) -> Template:
-    """The maps of the template, and maps derived from them.
+    """The maps of the template, and maps derived from them; an ImportError without nilearn.
 
     Channels: csf, gm, wm (log fractions), texture (T1 that the tissue fractions do not explain), brain (0 or
     1), white (local fraction of white matter).
@@ -64,12 +88,11 @@ def load_template(*, rim: bool = False, ventricles: bool = False, structures: bo
     Args:
         rim: also outside, the distance from the brain in mm.
         ventricles: also lateral and horn, the distances from the lateral ventricles and from the tips of their horns.
-        structures: also the masks of `asa.data.phantom.structures`, by their names.
-
-    Raises:
-        ImportError: nilearn is not installed.
+        structures: also the masks of `STRUCTURES`, by their names.
     """
-    t1, gm, wm = (_shifted_up(load_map(kind)[0]) for kind in ("t1", "gm", "wm"))
+    # Below the brain, the template's grid lacks space; at the top, it has more than enough.
+    up = ((ADDED_BELOW, 0), (0, 0), (0, 0))
+    t1, gm, wm = (np.pad(load_map(kind)[0][:-ADDED_BELOW], up) for kind in ("t1", "gm", "wm"))
     affine = load_map("t1")[1]
     centre_voxel = np.array([(size - 1) / 2 for size in t1.shape[::-1]]) - (0, 0, ADDED_BELOW)
     centre = affine[:3, :3] @ centre_voxel + affine[:3, 3]
@@ -95,22 +118,47 @@ def load_template(*, rim: bool = False, ventricles: bool = False, structures: bo
     return Template(stacked, {name: k for k, name in enumerate(maps)}, extent, tuple(centre.tolist()))
 
 
-def _shifted_up(array: np.ndarray) -> np.ndarray:
-    """Add space below the brain, which the template's grid lacks, and remove slices at the top."""
-    return np.concatenate([np.zeros_like(array[:ADDED_BELOW]), array[:-ADDED_BELOW]])
-
-
 def ventricle_distances(lateral: np.ndarray, spacing: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from lateral ventricles, bool (D, H, W), and from the tips of their frontal and occipital horns.
-
-    The spacing is along D, H, W; None: 1 mm.
-    """
+    """Distances in mm from lateral ventricles, bool (D, H, W), and from the tips of their horns. No spacing: 1 mm."""
     forward = np.flatnonzero(lateral.any(axis=(0, 2)))
     tips = np.zeros_like(lateral)
     for row in (forward[0], forward[-1]):
         tips[:, row] = lateral[:, row]
-    there, at_tips = (ndimage.distance_transform_edt(~mask, sampling=spacing) for mask in (lateral, tips))
-    return there, at_tips
+    lateral_mm, tips_mm = (ndimage.distance_transform_edt(~mask, sampling=spacing) for mask in (lateral, tips))
+    return lateral_mm, tips_mm
+
+
+def structure_maps(fractions: np.ndarray, centre: np.ndarray) -> dict[str, np.ndarray]:
+    """The structures' bool masks (D, H, W), by name, which do not overlap; both sides of one are in one mask.
+
+    The fractions (3, D, H, W) are of CSF, GM and WM in voxels of 1 mm, the centre is that of their grid in MNI mm.
+    """
+    csf, gm, wm = fractions
+    x, y, z = _mni(csf.shape, centre)
+    free = ~lateral_ventricles(csf, centre)
+    maps = {"ventricle": ~free}
+    for name, (with_white, ellipsoids) in ELLIPSOIDS.items():
+        inside = np.zeros(csf.shape, bool)
+        for (cx, cy, cz), (rx, ry, rz), slope in ellipsoids:
+            height = z - cz - slope * (y - cy)
+            inside |= ((abs(x) - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + (height / rz) ** 2 < 1
+        maps[name] = inside & (gm + with_white * wm > 0.5) & free
+        free = free & ~maps[name]
+    return maps
+
+
+def lateral_ventricles(csf: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Bool mask of the lateral ventricles: the largest connected region of CSF in a box around them."""
+    x, y, z = _mni(csf.shape, centre)
+    box = (abs(x) < 40) & (y > -75) & (y < 45) & (z > -10) & (z < 32)
+    lateral = largest_part((csf > 0.5) & box)
+    return lateral | lateral[..., ::-1]  # the septum may separate the two
+
+
+def _mni(shape: tuple[int, ...], centre: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """MNI coordinates of a 1 mm grid: x (1, 1, W), y (1, H, 1), z (D, 1, 1)."""
+    z, y, x = np.ix_(*(np.arange(n) - (n - 1) / 2 + at for n, at in zip(shape, centre[::-1], strict=True)))
+    return x, y, z
 
 
 def make_subject(
@@ -126,17 +174,14 @@ def make_subject(
     shape = tuple(int(side / resolution + 1e-6) + 1 for side in extent)
     velocity = random_velocity(rng, extent, ASYMMETRY)
     if plan is not None:
-        velocity = velocity + plan.velocity(tuple(velocity.shape[1:]), extent)
-    covered = tuple((size - 1) * resolution for size in shape)  # at most the extent
-    points = grid_points(shape, covered)
+        velocity += plan.velocity(tuple(velocity.shape[1:]), extent)
+    points = grid_points(shape, tuple((size - 1) * resolution for size in shape))  # at most over the extent
     moved = points + to_grid(displacement_of(velocity, extent), shape).permute(1, 2, 3, 0)
     scale = rng.normal(1.0, 0.03) * rng.normal(1.0, 0.03, 3)
-    angles, shift = np.deg2rad(rng.normal(0, 1.0, 3)), rng.normal(0, 1.0, 3)
-    d, h, w = angles
+    (d, h, w), shift = np.deg2rad(rng.normal(0, 1.0, 3)), rng.normal(0, 1.0, 3)
     rotation = np.asarray(create_rotate(3, (d, -h, w)))[:3, :3]  # about D, H and W
     matrix = torch.tensor(rotation * (1 / scale), dtype=torch.float32)
-    moved = moved @ matrix.T + torch.tensor(shift, dtype=torch.float32)
-    warped = sample(template.maps, moved, extent)
+    warped = sample(template.maps, moved @ matrix.T + torch.tensor(shift, dtype=torch.float32), extent)
     maps = {name: warped[k] for name, k in template.names.items()}
     brain = maps["brain"] > 0.5
     fold = to_grid(smooth_noise(rng, extent, 2.3), shape)[0].abs()
@@ -158,6 +203,27 @@ def tissue_label(subject: Subject) -> np.ndarray:
     return (label * subject.brain).numpy()
 
 
+def structure_label(maps: dict[str, Tensor], brain: Tensor) -> np.ndarray:
+    """Label map (D, H, W) of the values of `STRUCTURES`, from the structures' warped masks."""
+    label = np.zeros(tuple(brain.shape), np.uint8)
+    for value, name in STRUCTURES.items():
+        label[((maps[name] > 0.5) & brain).numpy()] = value
+    return label
+
+
+def aseg_label(structures: np.ndarray, tissues: np.ndarray) -> np.ndarray:
+    """Label map (D, H, W) of FreeSurfer's values, from those of `STRUCTURES` and of tissues (1 CSF, 2 GM, 3 WM).
+
+    The sides are those of the middle of the volume.
+    """
+    left = np.where(structures > 0, _ASEG[structures], _ASEG_TISSUES[tissues])
+    right = left.copy()
+    for value, (other, _) in SIDED.items():
+        right[left == value] = other
+    middle = structures.shape[2] // 2
+    return np.concatenate([left[..., :middle], right[..., middle:]], axis=2)
+
+
 def blend(lesions: list[Lesion], brain: Tensor) -> tuple[list[Tensor], np.ndarray]:
     """Fraction of each lesion in each voxel, later lesions over earlier ones, and their label map (D, H, W)."""
     remaining = brain.float()
@@ -167,10 +233,9 @@ def blend(lesions: list[Lesion], brain: Tensor) -> tuple[list[Tensor], np.ndarra
         remaining = remaining * (1 - lesion.fraction)
     label = np.zeros(tuple(brain.shape), np.uint8)
     if lesions:
-        values = torch.tensor([0] + [lesion.value for lesion in lesions], dtype=torch.uint8)
+        values = torch.tensor([lesion.value for lesion in lesions], dtype=torch.uint8)
         diseased = torch.stack(fractions)
-        winner = values[1:][diseased.argmax(dim=0)]
-        label = torch.where(diseased.sum(dim=0) > 0.5, winner, values[0]).numpy()
+        label = torch.where(diseased.sum(dim=0) > 0.5, values[diseased.argmax(dim=0)], 0).numpy()
     return fractions, label
 
 
@@ -181,7 +246,7 @@ def take_image(
 
     Args:
         modality: key of `CONTRAST`.
-        lesions, fractions: the lesions, and their fractions from `blend`.
+        fractions: of the lesions, from `blend`.
         rim: add a skull-like rim around the brain, and noise in the air.
         quality: factor of the noise, for a site.
 

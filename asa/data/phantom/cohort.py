@@ -1,28 +1,39 @@
-"""The phantom cohort: synthetic subjects with realistic anatomy, written in the layouts of the public datasets.
+"""The phantom cohort: synthetic subjects with realistic anatomy, in the layouts of the public datasets.
 
 Each subject is the ICBM 2009a symmetric template (T1, GM and WM maps from the package nilearn) under a random
 diffeomorphism, with its own cortical folds, tissue contrast, bias field and noise. No subject is a patient: every
 folder has a JSON file with "phantom": true. Arrays are (D, H, W) in RAS+ axes, lengths are mm.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from asa.data.datasets import brats, wmh
+from asa.data.datasets import bids, brats, folder, freesurfer, ibsr, wmh
+from asa.data.datasets.record import Record
 from asa.data.io.files import check_out, read_json, write_json
 from asa.data.io.nifti import write_image
-from asa.data.phantom.anatomy import ASYMMETRY, Template, blend, load_template, make_subject, take_image, tissue_label
+from asa.data.phantom.anatomy import (
+    ASYMMETRY,
+    Template,
+    aseg_label,
+    blend,
+    load_template,
+    make_subject,
+    structure_label,
+    take_image,
+    tissue_label,
+)
 from asa.data.phantom.lesions import Lesion, hyperintensities, plan_tumour, tumour
-from asa.data.phantom.structures import aseg_label, structure_label
 from asa.data.preprocessing.registration import NAME
 
-# The index of a kind is part of its seeds: append only.
-KINDS = ("t1", "ibsr", "wmh", "brats", "structures", "freesurfer")
-SIDED = ("structures", "freesurfer")  # kinds with deep structures, by side in the last one
+# Files of a subject, with the label map. The position of a kind is part of its seeds: append only.
+KINDS = {"t1": 1, "ibsr": 2, "wmh": 3, "brats": 5, "structures": 2, "freesurfer": 2}
 SITES = ("Utrecht", "Singapore", "Amsterdam/GE3T")  # of the WMH challenge
 
 
@@ -45,7 +56,7 @@ def make_cohort(
     Args:
         kind: "t1" (BIDS, unlabelled), "ibsr" (IBSR_18 with CSF, GM, WM), "wmh" (WMH challenge: T1 and FLAIR,
             labels 1 lesion, 2 other pathology), "brats" (T1, T1Gd, T2, FLAIR and a tumour), "structures" (T1 with
-            the deep structures of `asa.data.phantom.structures`, in one folder), or "freesurfer" (FreeSurfer's layout:
+            the deep structures of `asa.data.phantom.anatomy`, in one folder), or "freesurfer" (FreeSurfer's layout:
             the same structures, the cortex and the white matter, by side).
         resolution: isotropic voxel size in mm, from 0.7 to 8.
         rim: add a skull-like rim around the brain, and noise in the air.
@@ -58,7 +69,7 @@ def make_cohort(
         ImportError: nilearn, which contains the template, is not installed.
         ValueError: an option out of range, or `out` holds another phantom cohort.
     """
-    if kind not in KINDS:
+    if kind not in [*KINDS]:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     typed = isinstance(subjects, int) and isinstance(seed, int) and isinstance(rim, bool)
     in_range = typed and subjects >= 1 and seed >= 0 and names in (2021, 2023)
@@ -79,12 +90,49 @@ def make_cohort(
         "asymmetry": ASYMMETRY,
         "names": names,
     }
-    template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind in SIDED)
+    template = load_template(rim=rim, ventricles=kind == "wmh", structures=kind in ("structures", "freesurfer"))
     claim(out, about)
     written: list[Path] = []
     for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
         written += _write_subject(template, out, number, seed, about)
     return written
+
+
+def records(
+    root: str | Path,
+    *,
+    kind: str,
+    subjects: int = 10,
+    seed: int = 0,
+    resolution: float = 1.0,
+    rim: bool = False,
+    names: int = 2021,
+) -> list[Record]:
+    """Records of a phantom cohort in the folder `root`, which is generated if it does not exist.
+
+    Options and errors are those of `make_cohort`; a ValueError, too, if the folder holds more subjects.
+    """
+    root = Path(root)
+    options: dict[str, Any] = dict(kind=kind, seed=seed, resolution=float(resolution), rim=rim, names=names)
+    about = read_json(root / "phantom.json") if (root / "phantom.json").is_file() else {}
+    same = options.items() <= about.items()
+    if not same or len([*root.rglob("*.nii.gz"), *root.rglob("*.mgz")]) < subjects * KINDS[kind]:
+        make_cohort(subjects=subjects, out=root, **options)
+    readers: dict[str, Callable[[Path], list[Record]]] = {
+        "t1": bids.records,
+        "ibsr": ibsr.records,
+        "wmh": wmh.records,
+        "brats": partial(brats.records, year=names),
+        "structures": partial(folder.records, images={"t1": "*_T1.nii.gz"}, label="*_structures.nii.gz"),
+        "freesurfer": freesurfer.records,
+    }
+    found = readers[kind](root)
+    if len(found) != subjects:
+        raise ValueError(
+            f"{root}: holds {len(found)} subjects, not data.subjects={subjects}; give data.subjects={len(found)}, or "
+            "another data.root"
+        )
+    return found
 
 
 def claim(out: Path, about: dict[str, Any]) -> None:
@@ -108,29 +156,29 @@ def _files(out: Path, kind: str, number: int, names: int) -> tuple[dict[str, Pat
         return {"t1": out / f"{stem}.nii.gz"}, None, out / f"{stem}.json"
     if kind == "ibsr":
         name = f"IBSR_{number:02d}"
-        folder = out / name
-        label = folder / f"{name}_segTRI_fill_ana.nii.gz"
-        return {"t1": folder / f"{name}_ana_strip.nii.gz"}, label, folder / "phantom.json"
+        own = out / name
+        images = {"t1": own / f"{name}_ana_strip.nii.gz"}
+        return images, own / f"{name}_segTRI_fill_ana.nii.gz", own / "phantom.json"
     if kind == "structures":
         name = f"subject_{number:03d}"
         return {"t1": out / f"{name}_T1.nii.gz"}, out / f"{name}_structures.nii.gz", out / f"{name}.json"
     if kind == "freesurfer":
-        folder = out / f"subject_{number:03d}"
-        return {"t1": folder / "mri" / "T1.mgz"}, folder / "mri" / "aseg.mgz", folder / "phantom.json"
+        own = out / f"subject_{number:03d}"
+        return {"t1": own / "mri" / "T1.mgz"}, own / "mri" / "aseg.mgz", own / "phantom.json"
     if kind == "wmh":
-        folder = out / SITES[(number - 1) % len(SITES)] / str(number)
-        images = {modality: folder / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
-        return images, folder / "wmh.nii.gz", folder / "phantom.json"
+        own = out / SITES[(number - 1) % len(SITES)] / str(number)
+        images = {modality: own / "pre" / f"{file}.nii.gz" for modality, file in wmh.CHANNELS.items()}
+        return images, own / "wmh.nii.gz", own / "phantom.json"
     name = f"BraTS2021_{number:05d}" if names == 2021 else f"BraTS-GLI-{number:05d}-000"
-    folder = out / name
-    images = {modality: folder / f"{name}{ending}.nii.gz" for modality, ending in brats.CHANNELS[names].items()}
-    return images, folder / f"{name}{brats.LABEL_FILES[names]}.nii.gz", folder / "phantom.json"
+    own = out / name
+    images = {modality: own / f"{name}{ending}.nii.gz" for modality, ending in brats.CHANNELS[names].items()}
+    return images, own / f"{name}{brats.LABEL_FILES[names]}.nii.gz", own / "phantom.json"
 
 
 def _write_subject(template: Template, out: Path, number: int, seed: int, about: dict[str, Any]) -> list[Path]:
     """Draw one subject, simulate its images, and write them."""
     kind, resolution = about["kind"], about["resolution"]
-    rng = np.random.default_rng([seed, KINDS.index(kind), number])
+    rng = np.random.default_rng([seed, list(KINDS).index(kind), number])
     images, label_file, note = _files(out, kind, number, about["names"])
     drawn: dict[str, Any] = {}
     plan = plan_tumour(template.maps[template.names["white"]], template.extent, rng) if kind == "brats" else None
@@ -149,8 +197,7 @@ def _write_subject(template: Template, out: Path, number: int, seed: int, about:
         label = structure_label(subject.maps, subject.brain)
     elif kind == "freesurfer":
         label = aseg_label(structure_label(subject.maps, subject.brain), tissue_label(subject))
-    quality = {"wmh": (0.8, 1.0, 1.5)[(number - 1) % len(SITES)]}.get(kind, 1.0)
-
+    quality = (0.8, 1.0, 1.5)[(number - 1) % len(SITES)] if kind == "wmh" else 1.0
     affine = np.diag([resolution, resolution, resolution, 1.0])
     affine[:3, 3] = np.array(template.centre) - resolution * (np.array(label.shape[::-1]) - 1) / 2
     for modality, path in images.items():

@@ -63,9 +63,8 @@ def hyperintensities(
     cap = 4.0 * load**0.7 * torch.exp(-((maps["horn"] / 11.0) ** 2))
     around = band + cap + 1.6 * ragged + 0.5 * rough - maps["lateral"]
     deep = 3.2 * (spots + 0.3 * rough - (2.75 - 0.3 * min(load, 2.0)))
-    deep = deep - 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # no spots near the cortex
-    fraction = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35))
-    fraction = fraction * (maps["lateral"] > 0.3)
+    deep -= 3.0 * torch.relu(0.9 - maps["white"]) / 0.3  # no spots near the cortex
+    fraction = white * torch.maximum(torch.sigmoid(around / 0.45), torch.sigmoid(deep / 0.35)) * (maps["lateral"] > 0.3)
     t1, flair = float(rng.normal(0.72, 0.04)), float(rng.normal(1.12, 0.06))
     lesions = [Lesion(fraction, 1, {"t1": t1, "t1ce": t1, "t2": 0.95, "flair": flair})]
     other = bool(rng.random() < 0.25)
@@ -75,10 +74,7 @@ def hyperintensities(
 
 
 def infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.Generator) -> list[Lesion]:
-    """An old infarct in the white matter (value 2): a cavity with the signal of CSF, and a bright margin on FLAIR.
-
-    The arguments are those of `hyperintensities`.
-    """
+    """An old infarct in the white matter (value 2): a cavity with the signal of CSF, and a bright margin on FLAIR."""
     shape = tuple(maps["white"].shape)
     points = grid_points(shape, extent)
     centre = random_point((maps["white"] > 0.7) & (maps["lateral"] > 8) & (maps["brain"] > 0.5), points, rng)
@@ -92,9 +88,9 @@ def infarct(maps: dict[str, Tensor], extent: tuple[float, ...], rng: np.random.G
 def plan_tumour(white: Tensor, extent: tuple[float, ...], rng: np.random.Generator) -> TumourPlan:
     """Draw a tumour in one hemisphere, where the local fraction of white matter in the template is high."""
     points = grid_points(tuple(white.shape), extent)
-    lateral = points[..., 0].abs() > 16.0
-    above_stem = points[..., 2] > -22.0  # the grid's centre is 22 mm above the anterior commissure
-    centre = random_point((white > 0.75) & lateral & above_stem, points, rng)
+    # Above the brain stem: the grid's centre is 22 mm above the anterior commissure.
+    allowed = (white > 0.75) & (points[..., 0].abs() > 16.0) & (points[..., 2] > -22.0)
+    centre = random_point(allowed, points, rng)
     radius = float(rng.uniform(9.0, 19.0))
     return TumourPlan(
         centre=tuple(centre.tolist()),
@@ -113,13 +109,10 @@ def tumour(
     rng: np.random.Generator,
     values: tuple[int, ...],
 ) -> list[Lesion]:
-    """A tumour: oedema along the white matter, enhancing rim, necrotic core.
+    """A tumour: oedema along the white matter, but not in CSF, enhancing rim, necrotic core.
 
-    Args:
-        maps, extent, rng: as for `hyperintensities`.
-        csf: the subject's CSF fraction, which oedema does not enter.
-        plan: its position and size.
-        values: labels of necrotic core, oedema, enhancing tumour.
+    Maps and extent are as for `hyperintensities`, `csf` is a fraction, and the values are the labels of necrotic core,
+    oedema and enhancing tumour.
     """
     shape = tuple(csf.shape)
     distance = (grid_points(shape, extent) - torch.tensor(plan.centre)).norm(dim=-1)

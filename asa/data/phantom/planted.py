@@ -6,6 +6,7 @@ tissue. The first three are those of the phantom (`asa.data.phantom.lesions`), w
 Images are (C, D, H, W) and maps (D, H, W) as in the store; lengths are mm.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from asa.data.phantom.anatomy import CONTRAST, blend, ventricle_distances
 from asa.data.phantom.cohort import claim
 from asa.data.phantom.lesions import FLUID, Lesion, hyperintensities, infarct, plan_tumour, random_point, tumour
 from asa.data.phantom.warp import grid_points, sample, smooth_noise, to_grid
+from asa.data.preprocessing.resampling import largest_part
 from asa.data.store import Store
 
 VALUES = {1: "wmh", 2: "infarct", 3: "tumour", 4: "oedema", 5: "atrophy"}  # of the label maps
@@ -93,30 +95,26 @@ def plant_cohort(
         raise ValueError(f"lesions={list(lesions)}: choose some of {', '.join(PLANTERS)}")
     if type(draws) is not int or draws < 1:
         raise ValueError(f"draws={draws}: give how often each scan is written, a whole number from 1")
+    if subjects is not None and (type(subjects) is not int or subjects < 1):
+        raise ValueError(f"subjects={subjects}: give how many of the store's, a whole number from 1, or null for all")
     if not 0 < planted <= 1:
         raise ValueError(f"planted={planted}: give the fraction of subjects with a lesion, above 0, at most 1")
     scans = {record["subject"]: record for record in reversed(store.records)}  # the first one of each
     names = sorted(scans)[:subjects]
     orders, count = np.random.default_rng(seed), round(planted * len(names))
     patients = [set(orders.permutation(names)[:count].tolist()) for _ in range(draws)]
-    about = {
-        "phantom": True,
-        "kind": "lesions",
-        "lesions": list(lesions),
-        "planted": planted,
-        "draws": draws,
-        "seed": seed,
-    }
+    about = {"phantom": True, "kind": "lesions", "lesions": list(lesions)}
+    about |= {"planted": planted, "draws": draws, "seed": seed}
     values = {str(value): name for value, name in ({1: "lesion"} if joined else VALUES).items()}
     claim(out, about | {"values": values, "source": str(Path(source).resolve()), "subjects": len(names)})
     written, rows = [out / "phantom.json", out / TABLE], []
-    both = [(draw, number, name) for draw in range(draws) for number, name in enumerate(names)]
-    for draw, number, name in tqdm(both, desc="phantom lesions", unit="scan", disable=not progress):
+    jobs = list(itertools.product(range(draws), enumerate(names)))
+    for draw, (number, name) in tqdm(jobs, desc="phantom lesions", unit="scan", disable=not progress):
         stored = scans[name]["id"]
         id = stored if draws == 1 else f"{stored}_draw{draw + 1}"
         before, affine = np.array(store.image(stored), np.float32), np.array(scans[name]["chain"]["stored_affine"])
-        found = Planted(before, np.zeros(before.shape[1:], np.uint8), np.zeros(before.shape[1:], bool), {})
-        kind = ""
+        nowhere, kind = np.zeros(before.shape[1:], bool), ""
+        found = Planted(before, nowhere.astype(np.uint8), nowhere, {})
         if name in patients[draw]:
             rng = np.random.default_rng([seed, number, draw])
             kind = lesions[int(rng.integers(len(lesions)))]
@@ -129,11 +127,11 @@ def plant_cohort(
         ml = inside.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
         contrast = found.image[0][inside].mean() / before[0][inside].mean() if inside.any() else 1.0
         rows.append([id, name, int(not kind), kind, f"{ml:.3f}", f"{contrast:.3f}"])
-        volumes = dict(zip([*store.channels, "lesions"], [*found.image, label], strict=True))
-        for what, volume in volumes.items():
-            write_image(out / f"{id}_{what}.nii.gz", volume.transpose(2, 1, 0), affine, dtype=volume.dtype)
-        write_json(out / f"{id}.json", {**about, "lesion": kind, "drawn": found.drawn})
-        written += [*(out / f"{id}_{what}.nii.gz" for what in volumes), out / f"{id}.json"]
+        for what, volume in zip([*store.channels, "lesions"], [*found.image, label], strict=True):
+            written.append(out / f"{id}_{what}.nii.gz")
+            write_image(written[-1], volume.transpose(2, 1, 0), affine, dtype=volume.dtype)
+        written.append(out / f"{id}.json")
+        write_json(written[-1], {**about, "lesion": kind, "drawn": found.drawn})
     write_whole(out / TABLE, csv_text(["id", "subject", "health", "lesion", "ml", "contrast"], rows).encode())
     return written
 
@@ -141,16 +139,9 @@ def plant_cohort(
 def plant(
     kind: str, image: np.ndarray, channels: Sequence[str], spacing: Sequence[float], rng: np.random.Generator
 ) -> Planted:
-    """A scan with a lesion.
+    """A scan `(C, D, H, W)`, 0 outside the brain, with a lesion; a ValueError if it has no place for one.
 
-    Args:
-        kind: "tumour", "wmh", "infarct" or "atrophy".
-        image: `(C, D, H, W)`, 0 outside the brain.
-        channels: its names, keys of `CONTRAST`, one of which is a T1.
-        spacing: voxel size along D, H, W.
-
-    Raises:
-        ValueError: there is no place for it in this scan.
+    The kind is a key of `PLANTERS`, channels are keys of `CONTRAST`, one of them a T1, and spacing is along D, H, W.
     """
     t1 = next(channels.index(name) for name in T1 if name in channels)
     scan = Scan(torch.from_numpy(image), t1, tuple(spacing), rng)
@@ -163,7 +154,7 @@ def plant(
         raise ValueError("no white matter to compare a lesion with: is this a T1, with voxels of 4 mm at most?")
     for k in np.flatnonzero(image.any(axis=(1, 2, 3))).tolist():  # the channels that this scan has
         name = channels[k]
-        unit = scan.mean(k, pure) / CONTRAST[name][2][0]  # the phantom's intensities are relative
+        unit = float(scan.image[k][pure].mean()) / CONTRAST[name][2][0]  # the phantom's intensities are relative
         noise = moved[k] - torch.from_numpy(ndimage.gaussian_filter(moved[k].numpy(), 1.0))
         noise = noise.clamp(-LARGEST_NOISE * unit, LARGEST_NOISE * unit)
         for lesion, part in zip(lesions, parts, strict=True):
@@ -193,17 +184,12 @@ class Scan:
         white = (image[t1] > (middle + high) / 2) & self.brain
         self.white = torch.from_numpy(ndimage.gaussian_filter(white.numpy().astype(np.float32), 1.5))
 
-    def mean(self, channel: int, where: Tensor) -> float:
-        """Mean of a channel over a mask."""
-        return float(self.image[channel][where].mean())
-
     def maps(self) -> dict[str, Tensor]:
         """The maps that lesions are drawn in, see `hyperintensities`; a ValueError where there are no ventricles."""
         depth = ndimage.distance_transform_edt(self.brain.numpy(), sampling=self.spacing)
-        parts, count = ndimage.label(self.csf.numpy() & (depth > DEEP))
-        if not count:
+        ventricles = largest_part(self.csf.numpy() & (depth > DEEP))
+        if not ventricles.any():
             raise ValueError(f"no CSF deeper than {DEEP:g} mm, where the ventricles are: is this a whole brain?")
-        ventricles = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
         distances = ventricle_distances(ventricles, self.spacing)
         lateral, horn = (torch.from_numpy(each.astype(np.float32)) for each in distances)
         return {"white": self.white, "brain": self.brain.float(), "lateral": lateral, "horn": horn}

@@ -18,24 +18,19 @@ SQUARINGS = 6
 def smooth_noise(
     rng: np.random.Generator, extent: tuple[float, ...], width: float, channels: int = 1, step: float | None = None
 ) -> Tensor:
-    """Smooth Gaussian noise with zero mean and unit SD.
+    """Smooth Gaussian noise with zero mean and unit SD, (channels, d, h, w) float32 on a coarse grid.
 
-    Args:
-        extent: mm along D, H, W.
-        width: standard deviation in mm of the Gaussian that smooths white noise.
-        step: mm between points; 0.8 `width` by default.
-
-    Returns:
-        (channels, d, h, w) float32 on a coarse grid.
+    White noise is smoothed by a Gaussian with the standard deviation `width` in mm. Points are `step` mm apart, 0.8
+    widths by default.
     """
     step = step or 0.8 * width
     shape = tuple(round(side / step) + 1 for side in extent)
     sigma = width / step
     reach = int(np.ceil(3 * sigma))  # noise beyond the edges keeps their statistics
+    inner = tuple(slice(reach, reach + side) for side in shape)
     fields = []
     for _ in range(channels):
         white = rng.standard_normal([side + 2 * reach for side in shape], dtype=np.float32)
-        inner = tuple(slice(reach, reach + side) for side in shape)
         fields.append(ndimage.gaussian_filter(white, sigma, mode="constant", truncate=3)[inner])
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     unit = (np.sum((kernel / kernel.sum()) ** 2)) ** 1.5  # standard deviation after smoothing
@@ -68,9 +63,8 @@ def random_velocity(rng: np.random.Generator, extent: tuple[float, ...], asymmet
     parts = []
     for width, size in ((24.0, 3.2), (9.0, 1.3)):
         noise = smooth_noise(rng, extent, width, channels=6, step=STEP)
-        symmetric, other = (
-            part + sign * mirror * part.flip(-1) for part, sign in zip(noise.split(3), (1, -1), strict=True)
-        )
+        one, other = noise.split(3)
+        symmetric, other = one + mirror * one.flip(-1), other - mirror * other.flip(-1)
         parts.append(size / 2**0.5 * (symmetric + asymmetry * other))
     return parts[0] + parts[1]
 

@@ -21,6 +21,7 @@ from asa.data.preprocessing.resampling import (
     sample_image,
     translation,
 )
+from asa.data.preprocessing.settings import PrepareSettings
 
 POOR_OVERLAP = 0.9  # Dice with the template's brain, below which a warning is given
 
@@ -39,25 +40,18 @@ class Alignment:
     raw_plane: MidsagittalPlane | None = None  # if registered, the plane relative to the centre of the scan's own grid
 
 
-def align(
-    image: np.ndarray, inside: np.ndarray, affine: np.ndarray, *, spacing: float | None, register: bool, midway: bool
-) -> Alignment:
-    """Determine the target grid of a scan; the settings are those of `PrepareSettings`.
+def align(image: np.ndarray, inside: np.ndarray, affine: np.ndarray, settings: PrepareSettings) -> Alignment:
+    """Determine the target grid of a scan.
 
-    Args:
-        image: (D, H, W) float32, the reference channel.
-        inside: bool, its foreground.
-        affine: (4, 4) of its (x, y, z) axes.
-
-    Raises:
-        ValueError: registration fails, or `midway` finds no plane.
+    The image (D, H, W) and its foreground (bool) are of the reference channel, the affine (4, 4) is of its (x, y, z)
+    axes. A ValueError if registration fails, or midway alignment finds no plane.
     """
     own = spacing_of(affine)[::-1]
-    if register:
-        return _register(image, inside, affine, spacing or 1.0, midway)
-    plane = _plane(np.where(inside, image, 0), own, needed=midway)
-    step = own if spacing is None else np.full(3, float(spacing))
-    if plane is not None and midway:
+    if settings.register:
+        return _register(image, inside, affine, settings.spacing or 1.0, settings.midway)
+    plane = _plane(np.where(inside, image, 0), own, needed=settings.midway)
+    step = own if settings.spacing is None else np.full(3, float(settings.spacing))
+    if plane is not None and settings.midway:
         pose = plane.pose()
         shape = _covering_shape(inside, pose, own, step)
     elif np.allclose(step, own, rtol=0, atol=1e-3):

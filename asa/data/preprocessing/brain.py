@@ -24,18 +24,10 @@ OPENING_MM = 2.0  # what is thinner than twice this, like a table top or a headr
 
 
 def correct_bias(image: np.ndarray, inside: np.ndarray, spacing: Lengths) -> np.ndarray:
-    """Divide by the bias field that N4 estimates (Tustison et al., IEEE TMI 2010).
+    """Divide an image (D, H, W) by the bias field that N4 estimates (Tustison et al., IEEE TMI 2010).
 
-    Args:
-        image: (D, H, W) float32.
-        inside: bool, the foreground; if it is the whole volume (a raw head), Otsu's threshold separates head and air.
-        spacing: voxel size in mm.
-
-    Returns:
-        The image divided by the field, whose mean in the foreground is 1. The background is 0.
-
-    Raises:
-        ValueError: N4 fails, on an image that is empty or constant.
+    The field's mean in the foreground is 1, and the background becomes 0. Where the foreground (bool) is the whole
+    volume, as of a raw head, Otsu's threshold separates head and air. A ValueError on an empty or constant image.
     """
     shifted = image - min(float(image.min()), 0.0)  # N4 takes a logarithm
     shrink = [max(1, round(N4_SPACING / side)) for side in spacing][::-1]
@@ -73,16 +65,12 @@ def head_of_ct(image: np.ndarray, spacing: Lengths) -> np.ndarray:
 
 
 def brain_mask(method: str, image: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Segment the brain in a head.
+    """Segment the brain in a T1-weighted head (D, H, W): its largest connected component, without holes.
 
     Args:
         method: "deepbet", "robex", or a command with {image} and {mask}, which reads a NIfTI file and writes a mask on
             its grid (0 outside), like "bet {image} {mask} -m".
-        image: (D, H, W) float32, T1-weighted.
-        affine: (4, 4) of its (x, y, z) axes.
-
-    Returns:
-        Bool (D, H, W), the largest connected component, without holes.
+        affine: (4, 4) of the image's (x, y, z) axes.
 
     Raises:
         ImportError, ValueError: the method is not installed, fails, or finds no brain.

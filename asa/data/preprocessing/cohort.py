@@ -1,13 +1,12 @@
 """A cohort of raw scans to the store, in parallel and resumable. `scan.py` prepares one scan."""
 
-import functools
 import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +86,9 @@ def prepare_cohort(
         shared = None if root is None else root / LOCK
         in_parallel = partial(on_cluster, scheduler=scheduler, shared=shared, made_with=versions)
     ids = {record["id"] for record in records}
-    qualities: dict[str, ScanQuality] = {}
-    identities: dict[str, Entry] = {}
+    qualities, identities = dict[str, ScanQuality](), dict[str, Entry]()
     report, jobs, unsaved = CohortReport(), list[ScanJob](), list[bytes]()
-    entries: dict[str, bytes] = {}
-    software: dict[str, str | None] = {}
+    entries, software = dict[str, bytes](), dict[str, str | None]()
 
     def read(id: str) -> Entry:
         assert root is not None  # without a store, no scan has an entry of an earlier run
@@ -104,9 +101,10 @@ def prepare_cohort(
             entries, software = _open(root, _header(records, cohort))
             check_distinct(sorted(ids | entries.keys()))
             (root / UNFINISHED).touch()
-            stack.push(partial(_finish, root))
+            # At the end, the records are written, also of a run that fails; then the mark goes, if it does not fail.
+            stack.push(lambda failure, *_: None if failure else (root / UNFINISHED).unlink(missing_ok=True))
+            stack.callback(write_records, root, entries)
             report.others = sorted(entries.keys() - ids)
-            stack.callback(write_records, root, entries)  # at the end, also of a run that fails
         for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
             line = entries.get(record["id"])
             entry = None if root is None or line is None or on_scan else known_entry(record, root, line)
@@ -152,12 +150,6 @@ def prepare_cohort(
     return report
 
 
-def _finish(root: Path, failure: type[BaseException] | None, *_: object) -> None:
-    """Called at the end of a preparation, also of one that is stopped."""
-    if failure is None:
-        (root / UNFINISHED).unlink(missing_ok=True)
-
-
 def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]:
     """The manifest: what all scans of a store have in common."""
     software = versions()
@@ -180,7 +172,7 @@ def versions() -> dict[str, str]:
     return {"asa": __version__} | {name: version for name in SOFTWARE if (version := _version(name))}
 
 
-@functools.cache
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -191,14 +183,12 @@ def _version(package: str) -> str | None:
 def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str | None]]:
     """Create a store, or continue one that was made with the same settings.
 
-    Returns:
-        The lines of its scans, by id, and the versions that are now others than in its manifest, which keeps its own.
+    The lines of its scans, by id, and the versions that are now others than in its manifest, which keeps its own.
     """
     for folder in (root, *(root / name for name in FOLDERS.values())):
         for unfinished in folder.glob(f".*{PART}"):
             unfinished.unlink()
-    entries: dict[str, bytes] = {}
-    changed: dict[str, str | None] = {}
+    entries, changed = dict[str, bytes](), dict[str, str | None]()
     existing, records = read_manifest(root) if (root / MANIFEST).is_file() else ({}, None)
     if records:  # a store without scans, of a command that was wrong, is made anew
         for key in ("settings", "channels", "labels", "ignored"):
@@ -213,7 +203,7 @@ def _open(root: Path, header: dict[str, Any]) -> tuple[dict[str, bytes], dict[st
         changed = {name: now.get(name) for name in sorted(now.keys() | before) if now.get(name) != before.get(name)}
         header |= {key: existing[key] for key in ("asa", "software") if key in existing}
         header["regions"] = header["regions"] or existing["regions"]
-        if changed and entries:
+        if changed:
             shown = ", ".join(f"{name} {version} instead of {before.get(name)}" for name, version in changed.items())
             warnings.warn(f"{root}: was made with other versions ({shown}): scans are marked by theirs", stacklevel=2)
     write_records(root, entries)  # first: a folder with a manifest is a store, and has to have records
@@ -251,10 +241,8 @@ def _identity(entry: Entry) -> Entry:
 def find_duplicates(known: Iterable[Entry], found: Iterable[Entry], new: Collection[str] = ()) -> dict[str, str]:
     """Of scans with the same voxels all but the first, among the found: id -> which scan it repeats.
 
-    Args:
-        known: entries of scans that only the store holds; these come first, and repeat none.
-        found: entries of the scans of this run.
-        new: ids of those that were prepared only now, which come last.
+    The entries known, of scans that only the store holds, come first and repeat none. Of those found in this run, the
+    new ids, which were prepared only now, come last.
     """
     first_with: dict[str, tuple[str, str]] = {}
     reasons = {}

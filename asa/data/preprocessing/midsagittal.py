@@ -6,7 +6,9 @@ pitch or the other shifts.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from scipy import ndimage, optimize
 from torch import Tensor
 from torch.nn import functional as F
 
+from asa.data.io.nifti import spacing_of
 from asa.data.preprocessing.resampling import Lengths, affine_transform, grid_map, moved_corners, sample_affine
 
 WORKING_SPACING = 3.0  # mm: takes a second per head, with an error of a few hundredths of a millimetre
@@ -83,17 +86,16 @@ def bent_distances(plane: MidsagittalPlane, paired: np.ndarray, spacing: Lengths
         spacing: voxel size in mm along D, H, W.
 
     Returns:
-        mm along the plane's normal, float32 (D, H, W), positive on the right.
+        Like `MidsagittalPlane.distances`.
     """
     distances = plane.distances(paired.shape, spacing)
-    ends = [(-(n - 1) / 2 * step, (n - 1) / 2 * step) for n, step in zip(paired.shape, spacing, strict=True)]
-    reach = np.abs(moved_corners(ends, np.linalg.inv(plane.pose()))).max(axis=0)
+    half = [(n - 1) / 2 * step for n, step in zip(paired.shape, spacing, strict=True)]
+    reach = np.abs(moved_corners([(-end, end) for end in half], np.linalg.inv(plane.pose()))).max(axis=0)
     steps = np.array([BEND_GRID, BEND_GRID, BEND_STEP])
     shape = 2 * np.ceil(np.array([*reach[:2], BEND]) / steps).astype(int) + 1
     to_voxels = grid_map(plane.pose(), shape, steps, paired.shape, spacing)
     offsets = (np.arange(shape[2]) - (shape[2] - 1) / 2) * BEND_STEP
-    cut = sample_affine(paired.astype(np.float32), to_voxels, shape)
-    cut = ndimage.gaussian_filter1d(cut, 1.0)
+    cut = ndimage.gaussian_filter1d(sample_affine(paired.astype(np.float32), to_voxels, shape), 1.0)
     bend = np.zeros(shape[:2])
     for width, coupling in BEND_LEVELS:
         width /= BEND_GRID
@@ -108,6 +110,27 @@ def bent_distances(plane: MidsagittalPlane, paired: np.ndarray, spacing: Lengths
     return distances
 
 
+def distance_to_the_right(chain: dict[str, Any], paired: np.ndarray) -> np.ndarray:
+    """`bent_distances` of a prepared case, by its chain: mm, float32 (D, H, W), positive on the right.
+
+    They are smooth, so that `to_native` gives those of the scan's own voxels. A chain without a plane is a ValueError.
+    """
+    if (plane := plane_of(chain)) is None:
+        raise ValueError(
+            "left and right labels are separated by the mid-sagittal plane, and none is known here: none was found in "
+            "the scan, or its store is of an older release: predict the raw scan, or prepare a new store"
+        )
+    return bent_distances(plane, paired, spacing_of(chain["stored_affine"])[::-1])
+
+
+def plane_of(chain: dict[str, Any]) -> MidsagittalPlane | None:
+    """The mid-sagittal plane relative to the centre of the prepared grid; None if none is known."""
+    if "plane" not in chain:
+        return None
+    yaw, roll, shift = chain["plane"]
+    return MidsagittalPlane(yaw, roll, shift, correlation=math.nan)
+
+
 def find_midsagittal_plane(volume: np.ndarray, spacing: Lengths) -> MidsagittalPlane:
     """Find the plane about which a head is most similar to its mirror image.
 
@@ -115,24 +138,20 @@ def find_midsagittal_plane(volume: np.ndarray, spacing: Lengths) -> MidsagittalP
     search on a coarse grid of angles, then by BFGS, at 3 mm (midway alignment, as in SA-Swin, MICCAI 2024). Both sides
     of the comparison are interpolated in the same way, so that interpolation does not favour any pose.
 
-    Args:
-        volume: (D, H, W), any intensities and any background.
-        spacing: voxel size in mm along D, H, W.
-
-    Raises:
-        ValueError: a volume that is constant or too small, or that has no plane within 45 degrees.
+    The volume (D, H, W) has any intensities and any background; one that is constant, too small, or without a plane
+    within 45 degrees is a ValueError.
     """
     if not can_find_plane(volume, spacing):
         sides = " x ".join(f"{side:g}" for side in spacing)
         what = f"a volume of {' x '.join(map(str, volume.shape))} voxels of {sides} mm"
         raise ValueError(f"{what} is too small, or constant: it has no mid-sagittal plane")
-    fine = _coarser(volume, spacing, WORKING_SPACING)
+    fine = _coarser(volume, spacing)
     coarse = ndimage.zoom(ndimage.gaussian_filter(fine, 1.0), 0.5, order=1, grid_mode=True, mode="nearest")
     levels = _MirrorCorrelation(coarse, 2 * WORKING_SPACING), _MirrorCorrelation(fine, WORKING_SPACING)
     pose = _grid_search(levels[0])
     for level in levels:
         pose, correlation = _maximise(level, pose)
-    yaw, roll, shift = (float(number) + 0.0 for number in pose)
+    yaw, roll, shift = (float(number) + 0.0 for number in pose)  # never -0.0
     plane = MidsagittalPlane(yaw, roll, shift, correlation)
     if plane.angle > LARGEST_ANGLE:
         raise ValueError(
@@ -147,9 +166,9 @@ def can_find_plane(volume: np.ndarray, spacing: Lengths) -> bool:
     return bool(sides.min() >= SMALLEST_SIDE and volume.min() < volume.max())
 
 
-def _coarser(volume: np.ndarray, spacing: Lengths, wanted: float) -> np.ndarray:
-    """The volume on isotropic voxels with the same centre, smoothed, clipped, in [0, 1]."""
-    step = wanted / np.asarray(spacing, dtype=np.float64)
+def _coarser(volume: np.ndarray, spacing: Lengths) -> np.ndarray:
+    """The volume on voxels of `WORKING_SPACING` with the same centre, smoothed, clipped, in [0, 1]."""
+    step = WORKING_SPACING / np.asarray(spacing, dtype=np.float64)
     shape = np.maximum(1, np.round(np.array(volume.shape) / step)).astype(int)
     low, high = np.percentile(volume, (100 - CLIPPING, CLIPPING)).tolist()
     clipped = np.clip((volume.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
@@ -179,8 +198,8 @@ class _MirrorCorrelation:
         generator = torch.Generator().manual_seed(0)
         self.volume = torch.from_numpy(volume.astype(np.float64))
         self.reach = (torch.tensor(volume.shape, dtype=torch.float64) - 1) / 2 * spacing  # mm to the outer voxels
-        depth, height, width = volume.shape
-        indices = torch.cartesian_prod(torch.arange(depth), torch.arange(height), torch.arange((width + 1) // 2))
+        *others, width = volume.shape
+        indices = torch.cartesian_prod(*map(torch.arange, (*others, (width + 1) // 2)))
         jitter = torch.rand(indices.shape, generator=generator, dtype=torch.float64) - 0.5
         right = (indices + jitter) * spacing - self.reach * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
         self.points = torch.stack([right, right * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)])  # 2 N 3, mm

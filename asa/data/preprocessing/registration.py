@@ -19,7 +19,7 @@ from asa.data.preprocessing.resampling import Lengths, bounding_box, grid_map, r
 from asa.errors import require
 
 NAME = "ICBM 152 nonlinear 2009a symmetric"
-LOADERS = {"t1": "load_mni152_template", "gm": "load_mni152_gm_template", "wm": "load_mni152_wm_template"}
+LOADERS = {"t1": "load_mni152_template", "gm": "load_mni152_gm_template", "wm": "load_mni152_wm_template"}  # of nilearn
 # Field of view in the template's space, mm along D, H, W: the brain with a margin for larger brains, and below it for
 # the brain stem, which the template's array cuts off. Symmetric about x = 0.
 FIELD_OF_VIEW = ((-94.0, 98.0), (-128.0, 96.0), (-96.0, 96.0))
@@ -31,10 +31,9 @@ PADDING = 30.0  # mm of zeros around the brain, independent of the file: only po
 
 @lru_cache(maxsize=3)
 def load_map(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """One map of the template: "t1", 0 outside the brain, or "gm" or "wm", fractions from 0 to 1.
+    """A map of the template, (D, H, W) float32, read-only, and its affine (4, 4), voxel (x, y, z) to mm.
 
-    Returns:
-        The map (D, H, W) float32 in RAS+ axes, read-only, and its affine (4, 4), voxel (x, y, z) to mm.
+    The kind is "t1", 0 outside the brain, or "gm" or "wm", fractions from 0 to 1.
     """
     datasets = require("nilearn.datasets", "phantom", f'the template {NAME} (also part of "asa-mri[prepare]")')
     image = getattr(datasets, LOADERS[kind])(resolution=1)
@@ -53,16 +52,13 @@ def brain_centre() -> np.ndarray:
 
 
 def register_to_template(brain: np.ndarray, spacing: Lengths, rotation: np.ndarray) -> np.ndarray:
-    """Find the affine map from the template to a brain: mutual information (Mattes), from coarse to fine.
+    """Find the affine map (4, 4) of template points to scan points: mutual information (Mattes), from coarse to fine.
 
     Args:
         brain: (D, H, W), 0 outside the brain and above 0 in it, any contrast.
         spacing: voxel size in mm along D, H, W.
         rotation: (3, 3), from the scanner's axes (d, h, w) to the array's, according to the header. The search starts
             aligned with the array or with the scanner, whichever fits better.
-
-    Returns:
-        (4, 4), template point to scan point.
 
     Raises:
         ValueError: an empty image, or the search fails.

@@ -47,10 +47,7 @@ def grid_map(
 ) -> np.ndarray:
     """The map (4, 4) of new voxels (d, h, w) to old ones that corresponds to a map between points.
 
-    Args:
-        pose: (4, 4), point of the new grid to point of the old one, each (d, h, w) in mm from the centre of its grid.
-        new_shape, old_shape: voxels along D, H, W.
-        new_spacing, old_spacing: voxel size in mm.
+    The pose (4, 4) maps points of the new grid to points of the old one, each (d, h, w) in mm from the grid's centre.
     """
     to_points = np.diag([*new_spacing, 1.0])
     to_points[:3, 3] = -(np.array(new_shape) - 1) / 2 * np.array(new_spacing)
@@ -60,18 +57,13 @@ def grid_map(
 
 
 def sample_affine(array: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Sample an array (D, H, W) at the voxels of another grid, trilinearly.
+    """Sample a float array (D, H, W) at the voxels of another grid, trilinearly; the matrix maps new voxels to old.
 
     Beyond the array its edge is repeated if the map only scales (half a voxel of the new grid may lie there); otherwise
     values are 0.
-
-    Args:
-        array: float.
-        matrix: (4, 4), new voxel to old.
-        shape: of the new grid.
     """
     linear, offset, mode = matrix[:3, :3], matrix[:3, 3], "constant"
-    if is_scaling(matrix):
+    if _is_scaling(matrix):
         linear, mode = np.diagonal(linear), "nearest"
     return affine_transform(array, linear, offset, tuple(shape), order=1, mode=mode, prefilter=False)
 
@@ -83,7 +75,7 @@ def affine_transform(array: np.ndarray, *arguments: Any, **options: Any) -> np.n
         return ndimage.affine_transform(array, *arguments, **options)
 
 
-def is_scaling(matrix: np.ndarray) -> bool:
+def _is_scaling(matrix: np.ndarray) -> bool:
     """Whether a map only scales and shifts each axis."""
     linear = matrix[:3, :3]
     return bool(np.array_equal(linear, np.diag(np.diagonal(linear))))
@@ -92,18 +84,10 @@ def is_scaling(matrix: np.ndarray) -> bool:
 def sample_image(
     image: np.ndarray, inside: np.ndarray, matrix: np.ndarray, shape: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resample an image and its foreground: trilinear, with smoothing first where the new grid is coarser.
+    """Resample an image (D, H, W) float32 and its foreground (bool), smoothed first where the new grid is coarser.
 
     The image is divided by the resampled foreground, so that the background stays exactly 0 and does not darken the
-    edge of the brain.
-
-    Args:
-        image: (D, H, W) float32.
-        inside: bool, its foreground.
-        matrix, shape: as of `sample_affine`.
-
-    Returns:
-        Image and foreground on the new grid.
+    edge of the brain. Matrix and shape are as of `sample_affine`.
     """
     steps = np.linalg.norm(matrix[:3, :3], axis=1)  # old voxels, along each old axis, per step of the new grid
     blur = np.sqrt(np.maximum(steps**2 - 1, 0)) / FWHM_PER_SIGMA
@@ -117,13 +101,10 @@ def sample_image(
 
 
 def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Resample a label map: the mask of each label is resampled linearly, and the largest value wins.
+    """Resample a label map (D, H, W) of integers: each label's mask is resampled linearly, and the largest value wins.
 
-    Borders are smoother than with nearest neighbour. Each label is resampled only in the box that it can reach.
-
-    Args:
-        label: (D, H, W) of an integer type; voxels beyond the array are 0.
-        matrix, shape: as of `sample_affine`.
+    Borders are smoother than with nearest neighbour. Voxels beyond the array are 0. Each label is resampled only in the
+    box that it can reach. Matrix and shape are as of `sample_affine`.
     """
     result = np.zeros(tuple(shape), label.dtype)
     best = sample_affine((label == 0).astype(np.float32), matrix, shape)
@@ -137,26 +118,17 @@ def sample_label(label: np.ndarray, matrix: np.ndarray, shape: Sequence[int]) ->
 def sample_where_not_zero(
     array: np.ndarray, matrix: np.ndarray, shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], np.ndarray]:
-    """`sample_affine` of an array that is not all 0 in the box of the new grid that its other values can reach.
+    """`sample_affine` of an array that is not all 0, in the box of the new grid that its other values can reach.
 
-    Returns:
-        The box, and the values there; beyond, all are 0.
+    The box and the values in it; beyond, all are 0.
     """
-    box = _reach(bounding_box(array != 0), array.shape, matrix, shape)
-    part = translation([side.start for side in box])
-    return box, sample_affine(array, matrix @ part, [side.stop - side.start for side in box])
-
-
-def _reach(
-    box: tuple[slice, ...], old_shape: Sequence[int], matrix: np.ndarray, shape: Sequence[int]
-) -> tuple[slice, ...]:
-    """The box of the new grid that a box of the old grid can reach, with a margin for interpolation."""
-    edge = 1e6 if is_scaling(matrix) else 1.0  # a repeated edge reaches to the end of the new grid
+    edge = 1e6 if _is_scaling(matrix) else 1.0  # a repeated edge reaches to the end of the new grid
     ends = [
         (side.start - (1.0 if side.start else edge), side.stop + (edge if side.stop == size else 0.0))
-        for side, size in zip(box, old_shape, strict=True)
+        for side, size in zip(bounding_box(array != 0), array.shape, strict=True)
     ]
     moved = moved_corners(ends, np.linalg.inv(matrix))
-    start = np.clip(np.floor(moved.min(axis=0)) - 1, 0, shape).astype(int)
+    start = np.clip(np.floor(moved.min(axis=0)) - 1, 0, shape).astype(int)  # with a margin for interpolation
     stop = np.clip(np.ceil(moved.max(axis=0)) + 2, 0, shape).astype(int)
-    return tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    return box, sample_affine(array, matrix @ translation(start), stop - start)

@@ -15,19 +15,19 @@ import torch
 from asa.data.datasets.record import Record
 from asa.data.io.files import sha256_of
 from asa.data.io.nifti import axis_codes, identity_of, read_image, read_label, spacing_of
-from asa.data.preprocessing.pipeline import plane_of, prepare_case, stored_indices, to_prepared
+from asa.data.preprocessing.midsagittal import plane_of
+from asa.data.preprocessing.pipeline import Case, prepare_case, stored_indices, to_prepared
 from asa.data.preprocessing.resampling import bounding_box
 from asa.data.preprocessing.settings import CohortSettings
-from asa.data.preprocessing.steps import Case
 from asa.data.store import RECORDS, Entry, entry_line, has_array, open_array, parse_entry, write_array
 from asa.errors import reason_of
 
 
 class ScanJob(NamedTuple):
-    """One record to prepare in a worker process, and its line in the store of an earlier run."""
+    """One record to prepare in a worker process."""
 
     record: Record
-    previous: bytes | None
+    previous: bytes | None  # its line in the store of an earlier run
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,11 @@ def known_entry(record: Record, root: Path, line: bytes) -> Entry | None:
         entry = parse_entry(root / RECORDS, record["id"], line)
     except ValueError:
         return None
+    if "problem" in record or _absent(record) or _subject(record) != _subject(entry):
+        return None
     files, known = _files(record), entry["sources"]
-    unchanged = (
-        "problem" not in record
-        and not _absent(record)
-        and files.keys() == known.keys()
-        and _subject(record) == _subject(entry)
-        and all(_is_known(file, known[name]) for name, file in files.items())
-        and _has_arrays(entry, root)
-    )
-    return entry if unchanged else None
+    same = files.keys() == known.keys() and all(_is_known(file, known[name]) for name, file in files.items())
+    return entry if same and _has_arrays(entry, root) else None
 
 
 def prepare_scan(
@@ -132,13 +127,16 @@ def _prepare(
         raise FileNotFoundError(f"has no {absent}; {advice}")
     if root is not None and job.previous is not None:
         previous = parse_entry(root / RECORDS, record["id"], job.previous)
-    sources = _sources(record, previous["sources"] if previous else {})
-    if previous is not None and not _shares_image(previous, sources) and _holds_another(job, root):
+    known = previous["sources"] if previous else {}
+    sources = _sources(record, known)
+    images = {file["sha256"] for file in _images(known)}  # a copy of a dataset has the same under other paths
+    if previous and images.isdisjoint(file["sha256"] for file in _images(sources)) and _holds_another(job, root):
         raise ValueError(
-            f"the store holds another scan of this id, of {_images(previous['sources'])[0]['path']}: give dataset=NAME "
+            f"the store holds another scan of this id, of {_images(known)[0]['path']}: give dataset=NAME "
             "for the second of two datasets, or another out="
         )
-    if root is not None and previous is not None and _is_unchanged(previous, sources, root):
+    before, now = ({name: file["sha256"] for name, file in files.items()} for files in (known, sources))
+    if root is not None and previous is not None and before == now and _has_arrays(previous, root):
         lasting = {key: value for key, value in previous.items() if key != "site"}
         entry: Entry = {**lasting, **_subject(record), "sources": sources}
         outcome = ScanOutcome(entry, unchanged=True)
@@ -184,7 +182,7 @@ def _prepare_anew(
             if array is not None:
                 arrays[kind] = write_array(root, record["id"], kind, array)
         case.seconds["write"] = time.perf_counter() - started
-    entry = {
+    return {
         **_subject(record),
         "sources": sources,
         "identity": identity,
@@ -195,8 +193,7 @@ def _prepare_anew(
         "intensity": {channel: intensity_statistics(part) for channel, part in zip(images, case.image, strict=True)},
         **counts,
         "arrays": arrays,
-    }
-    return entry, case
+    }, case
 
 
 def _absent(record: Record) -> list[str]:
@@ -206,9 +203,8 @@ def _absent(record: Record) -> list[str]:
 
 def _files(record: Record) -> dict[str, dict[str, Any]]:
     """Path, size and modification time of each source file; the path alone where there is none."""
-    paths = {**record["images"]} | ({"label": record["label"]} if "label" in record else {})
     files: dict[str, dict[str, Any]] = {}
-    for name, path in paths.items():
+    for name, path in {**record["images"], "label": record.get("label")}.items():
         if path is not None:
             files[name] = {"path": os.path.abspath(path)}
             with suppress(OSError):
@@ -248,20 +244,8 @@ def _holds_another(job: ScanJob, root: Path | None) -> bool:
     return bool(own) and own.isdisjoint(known) and all(map(os.path.isfile, known))
 
 
-def _shares_image(entry: Entry, sources: dict[str, dict[str, Any]]) -> bool:
-    """Whether an image of an entry has the bytes of one of the sources, as in a copy of a dataset."""
-    before, now = ({file["sha256"] for file in _images(group)} for group in (entry["sources"], sources))
-    return not before.isdisjoint(now)
-
-
 def _images(sources: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [file for name, file in sorted(sources.items()) if name != "label"]
-
-
-def _is_unchanged(entry: Entry, sources: dict[str, dict[str, Any]], root: Path) -> bool:
-    """Whether the source files have the same bytes (their paths may differ) and the arrays exist."""
-    before, now = ({name: file["sha256"] for name, file in group.items()} for group in (entry["sources"], sources))
-    return before == now and _has_arrays(entry, root)
 
 
 def _has_arrays(entry: Entry, root: Path) -> bool:

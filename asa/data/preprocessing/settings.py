@@ -85,7 +85,7 @@ class PrepareSettings:
             low, high = (float(value) for value in window)
         except (TypeError, ValueError):
             low, high = 0.0, 0.0
-        if not low < high:
+        if not 0 < high - low < float("inf"):
             raise ValueError(
                 f"prepare.window={window!r}: give the HU that become 0 and 1, like [0, 80] for brain in CT, or null"
             )
@@ -160,7 +160,7 @@ class CohortSettings:
             if not isinstance(value, int) or value in labels or value == 0:
                 raise ValueError(f"ignored: {value!r} should be a label value that labels does not name")
         for name, values in regions.items():
-            undeclared = [value for value in values if value not in labels]
+            undeclared = [value for value in values if value not in [*labels]]
             if undeclared or not values:
                 raise ValueError(f"regions: {name} joins {undeclared or 'nothing'}; give values that labels names")
         if self.missing not in ("refuse", "zero"):

@@ -86,6 +86,9 @@ def test_images_that_the_mapping_lists_and_that_are_not_here_are_counted(tmp_pat
         assert len(fomo.records(tmp_path)) == 1
     with pytest.warns(UserWarning, match="1 of its 2 images"):
         fomo.records(tmp_path, datasets=["PT001_A"])
+    (tmp_path / "mapping.tsv").write_text(f"{header}\n/PT9\tsub_1\tses_1\tt1.nii.gz\t\n")  # an absolute path
+    with pytest.warns(UserWarning, match="1 of its 1 images are not here, like /PT9/sub_1/ses_1/t1"):
+        assert len(fomo.records(tmp_path)) == 1
 
 
 def test_images_outside_the_layout_and_subjects_without_the_sequence_are_counted(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import pytest
 
 from asa.config import CONFIG_DIR, build, compose
 from asa.data.datasets import bids, brats, cq500, folder, fomo, freesurfer, ibsr, nnunet, openmind, wmh
-from asa.data.datasets.recognise import recognise
+from asa.data.datasets.folder import recognise
 from asa.data.datasets.record import check_records
 from asa.data.io.files import matching_files
 from asa.data.io.nifti import read_label
-from asa.data.phantom import reader as phantom
-from asa.data.phantom.structures import STRUCTURES
+from asa.data.phantom import cohort as phantom
+from asa.data.phantom.anatomy import STRUCTURES
 
 PHANTOM_ASEG = (2, 3, 4, 10, 11, 12, 16, 17, 24, 41, 42, 43, 49, 50, 51, 53)
 

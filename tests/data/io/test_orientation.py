@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from asa.cli import orient as command
-from asa.cli.tools import orient
+from asa.cli import set_orientation
 from asa.data.io.nifti import axis_codes, read_image, read_label, spacing_of, to_ras
 from asa.data.io.orientation import orient_files
 
@@ -90,7 +90,7 @@ def test_links_to_content_that_git_annex_has_elsewhere_are_counted_in_one_line(t
         (tmp_path / "in" / name).symlink_to(".git/annex/objects/ab/MD5E-s1--x/MD5E-s1--x")
     for source, reason in (("in", "3 files failed"), ("in/a.nii.gz", "datalad get")):
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
-            orient({"input": tmp_path / source, "out": tmp_path / "out", "axes": "LAS"})
+            set_orientation({"input": tmp_path / source, "out": tmp_path / "out", "axes": "LAS"})
     (line,) = capsys.readouterr().out.splitlines()
     assert "a: failed: " in line and line.endswith("in its dataset (3 files like this one)")
 

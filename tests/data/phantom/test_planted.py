@@ -11,7 +11,7 @@ import torch
 from asa.cli import phantom as command
 from asa.cli import prepare
 from asa.data.io.nifti import read_image, read_label
-from asa.data.phantom import reader as phantom
+from asa.data.phantom import cohort as phantom
 from asa.data.phantom.lesions import FLUID
 from asa.data.phantom.planted import DEEP, PLANTERS, VALUES, Planted, Scan, plant, plant_cohort
 from asa.data.phantom.warp import grid_points
@@ -65,7 +65,7 @@ def test_a_lesion_has_the_contrast_to_white_matter_that_is_stated(
     scan = Scan(torch.from_numpy(image), 0, SPACING, np.random.default_rng(0))
     for seed in range(3):
         found = planted(kind, image, seed)
-        assert least < found.image[0][found.label == value].mean() / scan.mean(0, scan.white > 0.9) < most
+        assert least < found.image[0][found.label == value].mean() / scan.image[0][scan.white > 0.9].mean() < most
 
 
 def test_each_channel_has_its_own_contrast_and_one_that_is_missing_stays_empty(image: np.ndarray) -> None:
@@ -99,7 +99,7 @@ def test_atrophy_is_of_one_side_and_leaves_csf(image: np.ndarray, seed: int) -> 
     assert sorted(bool(side.any()) for side in sides) == [False, True]
     np.testing.assert_array_equal(found.label == 5, found.label > 0)
     scan, inside = Scan(torch.from_numpy(image), 0, SPACING, np.random.default_rng(0)), found.label == 5
-    fluid = FLUID["t1"] * scan.mean(0, scan.white > 0.9)
+    fluid = FLUID["t1"] * scan.image[0][scan.white > 0.9].mean()
     before, after = image[0][inside].mean(), found.image[0][inside].mean()
     assert before - after > 0.5 * (before - fluid)  # labelled is what it fills by more than half
     assert not found.changed[scan.csf.numpy()].any()
@@ -204,6 +204,8 @@ def test_lesions_have_no_intensity_in_standardised_scans(tmp_path: Path) -> None
         (["draws=0"], "draws=0: give how often each scan is written, a whole number from 1"),
         (["lesions=[cyst]"], "lesions=['cyst']: choose some of tumour, wmh, infarct, atrophy"),
         (["lesions=[]"], "lesions=[]: choose some of"),
+        (["subjects=0"], "subjects=0: give how many of the store's, a whole number from 1"),
+        (["subjects=-1"], "subjects=-1: give how many of the store's"),
         (["planted=0"], "planted=0: give the fraction of subjects"),
         (["planted=1.5"], "planted=1.5: give the fraction"),
         (["source=null"], "source= is a store for kind=lesions, which needs one"),

@@ -18,12 +18,11 @@ from asa.data.io.nifti import Volume, read_image, read_label, spacing_of, write_
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.brain import brain_mask, correct_bias
 from asa.data.preprocessing.midsagittal import MidsagittalPlane, find_midsagittal_plane
-from asa.data.preprocessing.pipeline import prepare_case, to_native, to_prepared
+from asa.data.preprocessing.pipeline import _undo_align, prepare_case, to_native, to_prepared
 from asa.data.preprocessing.registration import FIELD_OF_VIEW, _start, load_map, register_to_template
 from asa.data.preprocessing.resampling import sample_affine, sample_image, sample_label
 from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.settings import PrepareSettings
-from asa.data.preprocessing.steps import _undo_align
 
 PYTHON = shlex.quote(sys.executable)
 SHARED = Path(__file__).parents[4] / "shared/data"
@@ -353,7 +352,7 @@ def test_law_registration_gets_all_of_a_brain_and_one_above_0_as_it_is(monkeypat
     image, inside = np.random.default_rng(0).random((40, 40, 40)).astype(np.float32) + 1, np.zeros((40, 40, 40), bool)
     inside[8:32, 8:32, 8:32] = True
     for brain in (image, image - 1.5):  # of a z-score, half is below 0
-        align(brain, inside, np.eye(4), spacing=4.0, register=True, midway=False)
+        align(brain, inside, np.eye(4), PrepareSettings(spacing=4.0, register=True))
     np.testing.assert_array_equal(seen[0], np.where(inside, image, 0))
     assert np.array_equal(seen[1] > 0, inside) and np.corrcoef(*(one[inside] for one in seen))[0, 1] > 0.999
 
@@ -367,7 +366,7 @@ def test_law_a_z_scored_brain_is_registered_like_the_raw_one(monkeypatch):
     scored = (raw - raw[raw > 0].mean()) / raw[raw > 0].std()
     affine = np.diag([2.5, 2.5, 2.5, 1])
     overlaps = [
-        align(image, raw > 0, affine, spacing=4.0, register=True, midway=False).overlap for image in (raw, scored)
+        align(image, raw > 0, affine, PrepareSettings(spacing=4.0, register=True)).overlap for image in (raw, scored)
     ]
     assert overlaps[1] == pytest.approx(overlaps[0], abs=0.01)
 
@@ -377,7 +376,7 @@ def test_registration_of_a_head_with_its_skull_is_warned_about(monkeypatch):
     monkeypatch.setattr("asa.data.preprocessing.alignment.register_to_template", lambda *_: np.eye(4))
     noise = np.random.default_rng(0).random((60, 60, 60)).astype(np.float32) + 1
     with pytest.warns(UserWarning, match="the skull is not stripped; set prepare.strip"):
-        align(noise, np.ones(noise.shape, bool), np.eye(4), spacing=None, register=True, midway=False)
+        align(noise, np.ones(noise.shape, bool), np.eye(4), PrepareSettings(register=True))
 
 
 # ------------------------------------------------------------------------------------- bias field and skull

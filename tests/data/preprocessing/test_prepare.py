@@ -338,12 +338,21 @@ def test_a_ct_window_needs_ct_and_what_is_for_mr_is_refused():
     for wrong, said in (
         ({"window": [80, 0]}, "window=.*like"),
         ({"window": [0]}, "window="),
+        ({"window": [0, float("inf")]}, "window="),
         ({"window": "brain"}, "window="),
         ({"window": [0, 80], "bias": True}, "no bias field"),
         ({"window": [0, 80], "strip": "robex"}, "no skull strip for CT"),
     ):
         with pytest.raises(ValueError, match=said):
             PrepareSettings(**wrong)
+
+
+@pytest.mark.parametrize("crop", ["foreground", "none", [4, 4, 4]], ids=str)
+def test_an_empty_ct_is_refused_with_the_reason(crop):
+    with pytest.raises(ValueError, match="a: an image is empty; check it"):
+        prepare_case(
+            {"ct": volume(np.zeros((9, 9, 9)))}, None, {}, PrepareSettings(window=[0, 80], crop=crop), name="a"
+        )
 
 
 def test_settings_that_are_not_used_are_as_in_stores_made_before_there_were_any():
@@ -691,6 +700,11 @@ def test_invalid_labels_are_refused(cohort, tmp_path, labels):
 def test_law_an_ignored_value_that_is_no_list_is_refused_by_its_key():
     with pytest.raises(ValueError, match=r"^ignored=1: give a list of label values, like ignored=\[4\]"):
         CohortSettings(ignored=1)
+
+
+def test_a_region_of_something_else_than_labels_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"^regions: whole joins \[\[1\]\]; give values that labels names"):
+        CohortSettings({1: "a"}, regions={"whole": [[1]]})
 
 
 def test_warnings_of_a_scan_are_reported_with_it(cohort, tmp_path):

@@ -11,11 +11,10 @@ from scipy.ndimage import gaussian_filter1d
 from asa.data.io.nifti import Volume, axis_codes
 from asa.data.preprocessing.alignment import align
 from asa.data.preprocessing.midsagittal import MidsagittalPlane
-from asa.data.preprocessing.pipeline import prepare_case, stored_indices, to_native, to_prepared
+from asa.data.preprocessing.pipeline import STAGES, Case, prepare_case, stored_indices, to_native, to_prepared
 from asa.data.preprocessing.resampling import FWHM_PER_SIGMA, grid_map, sample_affine, sample_image
 from asa.data.preprocessing.scan import make_thumbnail
 from asa.data.preprocessing.settings import PrepareSettings
-from asa.data.preprocessing.steps import STAGES, Case
 from asa.data.store import read_box
 from asa.ops.labels import IGNORED
 
@@ -125,9 +124,8 @@ def test_the_plane_stays_where_it_is_in_the_head_on_another_grid(midway, monkeyp
     plane, own = MidsagittalPlane(8.0, -5.0, 3.0, correlation=0.9), np.array([0.9, 1.2, 1.0])
     monkeypatch.setattr("asa.data.preprocessing.alignment.find_midsagittal_plane", lambda *_: plane)
     inside = box((31, 27, 29), slice(3, 22), slice(5, 26), slice(4, 20))
-    new = align(
-        inside.astype(np.float32), inside, np.diag([*own[::-1], 1.0]), spacing=2.4, register=False, midway=midway
-    )
+    settings = PrepareSettings(spacing=2.4, midway=midway)
+    new = align(inside.astype(np.float32), inside, np.diag([*own[::-1], 1.0]), settings)
     assert new.matrix is not None and new.plane is not None
     grid = np.stack(np.meshgrid(*(np.arange(size) for size in new.shape), indexing="ij"), -1)
     points = (grid @ new.matrix[:3, :3].T + new.matrix[:3, 3] - (np.array(inside.shape) - 1) / 2) * own
@@ -144,7 +142,7 @@ def test_a_grid_is_kept_if_its_voxels_have_the_size_that_is_asked_for_to_a_thous
     inside = box((20, 20, 20), slice(5, 15), slice(5, 15), slice(5, 15))
     for size, kept in ((1.0, True), (1.0004, True), (0.9996, True), (1.002, False), (0.998, False)):
         affine = np.diag([1.0, size, 1.0, 1.0])
-        found = align(inside.astype(np.float32), inside, affine, spacing=1.0, register=False, midway=False)
+        found = align(inside.astype(np.float32), inside, affine, PrepareSettings(spacing=1.0))
         assert (found.matrix is None) == kept and (found.affine is affine) == kept
 
 

@@ -1,11 +1,13 @@
-"""Steps with a non-finite loss or gradient: skipped on all ranks and logged; too many in a row stop the run.
+"""The steps of a run: means of what they return, their timing, and those with a non-finite loss or gradient.
 
-A non-finite loss makes the gradient non-finite, and the averaging of gradients carries it to all ranks, so they agree
-without further communication. The optimizer reads the result of the check on the device; this process reads it one step
-later, so that it never waits for the device.
+These are skipped on all ranks and logged; too many in a row stop the run. The averaging of gradients carries a
+non-finite one to all ranks, so they agree without further communication. The optimizer reads the check on the device;
+this process reads it one step later, so that it never waits for the device.
 """
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,80 @@ from torch import Tensor, nn
 from asa.data.io.files import naming, open_unlinked
 from asa.errors import listed
 from asa.training.checkpoint import newest_name
-from asa.training.distributed import gather_objects, rank, take_from_main
+from asa.training.distributed import gather_objects, mean_over_ranks, rank, take_from_main
 from asa.training.run_log import RunLog
 
 MAX_IN_A_ROW = 10
 # Halvings of fp16's loss scale from 65536 to 1. Steps skipped while the scale is found are not a fault of the data.
 SCALE_HALVINGS = 16
+WORKER_KILLED = (
+    "a worker process of the loader was killed, perhaps because memory ran out: lower loader.workers (0 needs none); "
+    "the same command goes on from the last checkpoint"
+)
+
+
+class Meter:
+    """Sums the values that steps return, on the device, and times the steps, of `accumulate` micro-batches each."""
+
+    def __init__(self, batch_size: int, accumulate: int) -> None:
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.restart()
+
+    def restart(self) -> None:
+        """Discard all sums and times."""
+        self.sums: dict[str, Tensor] = {}
+        self.sums_before: dict[str, Tensor] = {}  # of the current step
+        self.skipped: Tensor | float = 0.0
+        self.micro_batches, self.waited = 0, 0.0
+        self.start = time.perf_counter()
+
+    def start_step(self) -> None:
+        """Remember the sums, in case the step that begins is discarded."""
+        self.sums_before = dict(self.sums)
+
+    def next_batch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch; the time spent waiting for it is counted."""
+        start = time.perf_counter()
+        try:
+            batch = next(batches)
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise OSError(WORKER_KILLED) from error
+        except (ValueError, OSError) as error:
+            # The message of an error in a loader worker is its whole traceback; the last line is the error itself.
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def add(self, result: Mapping[str, Tensor]) -> None:
+        """Add the values of a micro-batch."""
+        for name, value in result.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.micro_batches += 1
+
+    def discard_step(self, skipped: Tensor) -> None:
+        """Discard the values of the current step where `skipped` is 1.0; keep them where it is 0.0."""
+        for name, value in self.sums.items():
+            self.sums[name] = torch.where(skipped > 0, self.sums_before.get(name, torch.zeros_like(value)), value)
+        self.skipped = self.skipped + skipped
+
+    def read(self, *, gradient_norm: Tensor, lr: float) -> dict[str, float]:
+        """Means over the ranks since the last reading, without skipped steps; waits for the device, and restarts."""
+        counted = self.micro_batches - int(self.skipped) * self.accumulate
+        means = mean_over_ranks({name: value / max(counted, 1) for name, value in self.sums.items()})
+        values = {name: value.item() for name, value in means.items() if not value.dim()} if counted else {}
+        ratios = {name: value.tolist() for name, value in means.items() if value.dim()}  # of a sum and a number
+        values |= {name: total / number for name, (total, number) in ratios.items() if number}
+        seconds = time.perf_counter() - self.start
+        values["lr"] = lr
+        values["volumes_per_second"] = self.micro_batches * self.batch_size / self.accumulate / seconds
+        values["data_wait"] = self.waited / seconds
+        if math.isfinite(norm := gradient_norm.item()):
+            values["gradient_norm"] = norm
+        self.restart()
+        return values
 
 
 @dataclass
@@ -38,8 +108,7 @@ class StepCheck:
 class NonFiniteGuard:
     """Skips non-finite steps. Call `add` for each micro-batch, then `check`, then the optimizer's step.
 
-    The optimizer is a fused one, which leaves weights and state unchanged where its `found_inf` is 1. With `fp16` the
-    loss is scaled, and steps are skipped until the scale is found.
+    The optimizer is a fused one, which changes nothing where its `found_inf` is 1. With `fp16` the loss is scaled.
     """
 
     def __init__(self, run: Path, log: RunLog, optimizer: torch.optim.Optimizer, *, fp16: bool = False) -> None:
@@ -128,10 +197,7 @@ class NonFiniteGuard:
 
 
 class RunningStatistics:
-    """The statistics of batch normalisation, which a forward pass changes: also that of a step which is not made.
-
-    Without such layers all is of no effect.
-    """
+    """The statistics of batch normalisation, if any, which a forward pass changes: also of a step that is not made."""
 
     def __init__(self, method: nn.Module) -> None:
         layers = [layer for layer in method.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
