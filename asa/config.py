@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
-READERS = ("asa.data.datasets", "asa.data.phantom.cohort")
+READERS = ("asa.data.datasets", "asa.data.phantom.cohort.records")
 CONFIG_TARGETS = ("asa.models", "asa.methods", *READERS, "asa.data.preprocessing.settings", *PACKAGES)
 CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa.restoration.restormer")
 
@@ -88,10 +88,11 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
 
 
 def locate(target: Any, allowed: Sequence[str]) -> Any:
-    """The function or class `package.module.name`; a ValueError if it is under none of the allowed packages."""
+    """The function or class `package.module.name`; a ValueError if it is neither allowed nor in an allowed package."""
     target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
     module_name, _, name = target.rpartition(".")
-    if not _lies_under(module_name, allowed):
+    named = target in allowed and "." in target
+    if not named and not _lies_under(module_name, allowed):
         only = f"only what lies under {', '.join(allowed)}; give a package of your own as plugins=[mine]"
         raise ValueError(f"_target_={target} is not allowed: {only}")
     try:
@@ -102,7 +103,7 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
         advice = f": install {top}, or give --config-dir, beside which it is searched" if absent else ""
         raise ValueError(f"_target_={target} does not exist ({error}){advice}") from error
     # Only what is defined there, not what is imported there.
-    if not callable(function) or not _lies_under(str(getattr(function, "__module__", "")), allowed):
+    if not callable(function) or not (named or _lies_under(str(getattr(function, "__module__", "")), allowed)):
         raise ValueError(f"_target_={target} is not a function or class of that module")
     return function
 
@@ -230,8 +231,8 @@ def choices(command: str, group: str) -> list[str]:
     folder = CONFIG_DIR / group
     files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
     if group == "experiment":  # for the command that the comment at its beginning has
-        of = {file: re.search(rf"^# *asa-(\w+) .*experiment={file.stem}\b", file.read_text(), re.M) for file in files}
-        files = [file for file in files if (found := of[file]) and found[1] == command]
+        usage = rf"^# *asa-{command} .*experiment="
+        files = [file for file in files if re.search(rf"{usage}{file.stem}\b", file.read_text(), re.M)]
     return [file.relative_to(folder).with_suffix("").as_posix() for file in files]
 
 

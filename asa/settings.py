@@ -78,7 +78,7 @@ class TrainSettings:
 def _check_finite(settings: Any, group: str, names: Iterable[str]) -> None:
     for name in names:
         if not 0 <= getattr(settings, name) < float("inf"):
-            raise ValueError(f"{group}.{name}={getattr(settings, name)}: must be 0 or more")
+            raise ValueError(f"{group}.{name}={getattr(settings, name)}: must be 0 or more, and finite")
 
 
 def check_backend(device: str, precision: str, group: str) -> None:

@@ -370,6 +370,8 @@ def test_build_makes_targets_of_this_package_only() -> None:
         "asa.config.compose",
         "asa.models.unet.UnetrUpBlock",
         "asa.models.unet.math",
+        "asa.data.phantom.cohort.make_cohort",  # beside a reader
+        "asa.data.phantom.cohort.records.x",
     )
     for target in (*outside, *inside):
         with pytest.raises(ValueError, match="_target_"):

@@ -13,7 +13,7 @@ from asa.models.kernels import in_float32
 
 @dataclass(frozen=True)
 class Window:
-    """In the place of an encoder of weights: the volume size in voxels and the channels of the network."""
+    """In the place of an encoder, where there is none to load: the volume size in voxels and the channels."""
 
     img_size: tuple[int, int, int]
     in_channels: int

@@ -15,7 +15,7 @@ from asa.ops.patches import patchify
 class PuzzleNet(nn.Module):
     """Logits of two answers or more, from the mean token of each piece.
 
-    The pieces are encoded independently of each other with the same weights, as in Taleb et al. The encoder's
+    The pieces are encoded independently of each other with the same weights (Taleb et al., NeurIPS 2020). The encoder's
     `img_size` is that of the whole volume; it has no mirrored patches.
     """
 

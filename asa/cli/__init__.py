@@ -152,23 +152,23 @@ def make_phantoms(config: Config) -> None:
 
 
 def set_orientation(config: Config) -> None:
-    """Write the files; a ValueError after the list of those that failed."""
+    """Write the files; a ValueError after the list of those that failed: the others are written."""
     from asa.data.io.files import failure_lines
     from asa.data.io.orientation import orient_files
 
     source, out = Path(str(config["input"])), Path(str(config["out"]))
-    written, kept, failures = orient_files(source, out, str(config["axes"]))
+    done, kept, failures = orient_files(source, out, str(config["axes"]))
     for line in failure_lines(failures, "file"):
         print(line)
     if kept:
         print(f"not written, as an orientation is stored: {counted(len(kept), 'file')}, like {kept[0]}")
     if failures:
         raise ValueError(f"{counted(len(failures), 'file')} failed, listed above")
-    print(f"wrote {counted(len(written), 'file')} to {config['out']}: check the results, left and right above all")
+    print(f"wrote {counted(len(done), 'file')} to {config['out']}: check the results, left and right above all")
 
 
 def convert_dicom(config: Config) -> None:
-    """Convert the series; a ValueError after the list of those that are in no volume."""
+    """Convert the series; a ValueError after the list of those that are in no volume: the others are written."""
     from asa.data.io.dicom import TABLE, convert_series
     from asa.data.io.files import failure_lines
 

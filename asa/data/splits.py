@@ -74,7 +74,7 @@ def make_split(
 
 
 def make_joint_split(groups: Iterable[Sequence[Mapping[str, Any]]], **options: Any) -> dict[str, list[str]]:
-    """One split of cohorts, each divided by `make_split`: a subject is tested if it is in any of them, or validated."""
+    """One split of cohorts, each divided by `make_split`; a subject is in the last of its parts, in their order."""
     part_of: dict[str, str] = {}
     for records in groups:
         for name, subjects in make_split(records, **options).items():

@@ -23,6 +23,7 @@ from asa.evaluation.policies import (
     get_policy,
     restoration_policy,
 )
+from asa.evaluation.scans import SCANS
 from asa.evaluation.statistics import (
     ALPHA,
     LEVEL,
@@ -49,7 +50,6 @@ from asa.evaluation.summary import (
     several_cases,
     subjects_note,
 )
-from asa.evaluation.tables import SCANS
 
 HEADINGS = ["metric", "region", "run", "mean (95 % interval)", "difference (95 % interval)", "detectable"]
 HEADINGS += ["better / worse / equal", "pairs", "p", "p (Holm)"]

@@ -108,8 +108,9 @@ def hd95(a: np.ndarray, b: np.ndarray, spacing: Spacing, neighbours: np.ndarray 
 
     The surface of a mask is the centres of its voxels of which a neighbour is outside the mask or the image: the mask
     minus its erosion. HD95 is the 95th percentile (linear interpolation) of the distances from the surface of one mask
-    to the nearest point of the other; the larger of the two directions, as in MONAI's `compute_hausdorff_distance`.
-    The `surface-distance` package has surface elements at voxel corners, weighted by area: see `hd95_by_area`.
+    to the nearest point of the other; the larger of the two directions, as in MONAI's
+    `compute_hausdorff_distance(percentile=95)`. The `surface-distance` package has surface elements at voxel corners,
+    weighted by area, and differs by up to about a voxel's diagonal: see `hd95_by_area`.
 
     Neighbours share a face, or (`IN_SLICE`) are the eight in a slice (x, y), as in the WMH challenge of 2017. Masks are
     bool `(x, y, z)`, with the voxel size in mm along these axes; NaN if one is empty. A ValueError as of `dice`, and

@@ -207,14 +207,16 @@ def score_numbers(
 
 # ---- voxels of a map ----
 
+SCANS = "scans.csv"
 VOXEL_SCORES = ("auc", "average_precision", "by_chance", "best_dice", "peak_in_lesion")
 
 
 def voxel_scores(values: np.ndarray, lesion: np.ndarray) -> dict[str, float]:
     """How well a map finds a lesion, of the map's values `(N,)` in the head and bool `(N,)`, some True and some False.
 
-    Returns `VOXEL_SCORES`. Average precision has steps of equal values (as by scikit-learn); by chance it is the
-    lesion's fraction of the head. The best Dice is at the threshold that is best for this scan, and so too good.
+    Returns `VOXEL_SCORES`: the AUC of the voxels; the average precision, with steps of equal values (as by
+    scikit-learn); this by chance, the lesion's fraction of the head; the best Dice, at the threshold that is best for
+    this scan, and so too good; "peak_in_lesion", 1 if the highest value is in it.
     """
     order = np.argsort(-values, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # the last voxel of each value

@@ -48,10 +48,12 @@ def bootstrap_interval(values: np.ndarray, seed: int = SEED, resamples: int = RE
     """Bootstrap-t interval of the mean, which follows the skewness of the values.
 
     Quantiles of the resamples' deviations, each in the resample's own standard error, replace Student's (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5). Nearly equal values have an error close to 0, and
-    few or tied ones make the method unstable: each side is at most twice Student's. Below four values it is Student's.
+    Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5). A resample of nearly equal values has an error
+    close to 0, which makes the method unstable for few or tied values: each side is at most twice Student's. Below four
+    values it is Student's.
 
-    Lower and upper end for finite values `(n,)`; NaN below two. `resamples` is a multiple of 10.
+    Lower and upper end, which may lie outside the values, for finite values `(n,)`; NaN below two. `resamples` is a
+    multiple of 10.
     """
     n = len(values)
     if n < 2:

@@ -36,6 +36,7 @@ from asa.data.preprocessing.pipeline import to_native
 from asa.data.store import Store
 from asa.errors import counted
 from asa.evaluation.scans import (
+    SCANS,
     VOXEL_SCORES,
     ClassScores,
     NumberScores,
@@ -49,7 +50,6 @@ from asa.evaluation.statistics import nullable, resample_subjects
 from asa.evaluation.summary import check_summary
 from asa.ops.labels import IGNORED
 
-SCANS = "scans.csv"
 MEASURES = ("score", "mean", "top", "peak")  # of how unusual a scan is; only its asymmetry has the first
 
 
@@ -175,7 +175,8 @@ def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str
             head, mirrored = _head_and_mirrored_lesion(store, record, sides)
             lesion |= mirrored
             inside = lesion | (head & ~np.isin(label.data, store.ignored))
-            scored[id] = list(voxel_scores(map.data[inside], lesion[inside]).values())
+            found = voxel_scores(map.data[inside], lesion[inside])
+            scored[id] = [found[name] for name in VOXEL_SCORES]
     if not scored:
         raise ValueError(f"{table}: none of its scans has a lesion in {store.path}: predict input={store.path}")
     values, patient = np.array(list(scored.values())), np.array([row["id"] in scored for row in rows])
@@ -209,7 +210,10 @@ def evaluate_maps(table: Path, store: Store, out: Path, subjects: Collection[str
 
 
 def _head_and_mirrored_lesion(store: Store, record: dict[str, Any], sides: bool) -> np.ndarray:
-    """Bool `(2, x, y, z)` on the scan's grid: the head and, if `sides` are compared, its mirror image; the lesion's."""
+    """Bool `(2, x, y, z)` on the scan's grid: the head, and the lesion's mirror image.
+
+    If `sides` are compared, the head has its mirror image, too; else the lesion has none.
+    """
     label = np.array(store.label(record["id"]))
     head = (np.array(store.image(record["id"])) != 0).any(axis=0, keepdims=True)
     mirrored = ((label > 0) & (label != IGNORED))[..., ::-1] & sides

@@ -62,7 +62,7 @@ class AnomalyMap:
 class HealthyReference:
     """Voxelwise mean and standard deviation of the maps of healthy scans, whose brains are unusual somewhere, too.
 
-    Of the scans, two or more or else a ValueError, only sums are kept. Maps are stretched to one size `(D, H, W)`: of
+    Of the scans only sums are kept; a ValueError for fewer than two. Maps are stretched to one size `(D, H, W)`: of
     scans that were cropped to the brain these are brains of one size.
     """
 
@@ -117,9 +117,10 @@ def read_pretrained(
     plugins: Sequence[str] = (),
     channels: Collection[str] | None = None,
 ) -> tuple[nn.Module, ScanPreprocessor]:
-    """A network of asa-pretrain, and the preprocessor of its new scans; arguments and errors as of `Segmenter`.
+    """A network of asa-pretrain (a run, a checkpoint, or asa://NAME), and the preprocessor of its new scans.
 
-    `channels` of the scans say their modality where the training scans are of several.
+    Raises as `read_model` and `ScanPreprocessor`; `strip` and `plugins` are as of `Segmenter`. `channels` of the scans
+    say their modality where the training scans are of several.
     """
     model, description = read_model(checkpoint, plugins=plugins)
     return model, ScanPreprocessor(str(checkpoint), description["data"], strip, channels=channels)
@@ -215,7 +216,7 @@ class LabelScorer(AnomalyScorer):
 
 
 class AsymmetryScorer(AnomalyScorer):
-    """A pretrained SA-Swin, else a ValueError, that scores the asymmetry of new scans without further training.
+    """A pretrained SA-Swin that scores the asymmetry of new scans without further training; a ValueError for another.
 
     `score` is (1 - cosine similarity) / 2 of the two sides in the symmetry head. The whole volume is one window.
     """

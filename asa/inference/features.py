@@ -48,7 +48,10 @@ class FeatureExtractor:
         return read_box(volume, [(length - size) // 2 for length, size in sizes], self.encoder.img_size)
 
     def tokens(self, volume: np.ndarray) -> np.ndarray:
-        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32, or a ValueError for NaN."""
+        """The tokens of a prepared volume `(C, D, H, W)`, cropped: `(E, d, h, w)` float32, or a ValueError for NaN.
+
+        A warning says if much of the head is not in the crop.
+        """
         cropped = self.crop(volume)
         inside, held = (int(np.count_nonzero(part)) for part in (cropped, volume))
         if held and (lost := 1 - inside / held) > MOST_LOST:

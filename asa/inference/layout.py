@@ -124,8 +124,9 @@ class BidsDerivative(Layout):
 
     def describe(self, id: str) -> None:
         described = {self.label_map(id): "Label map: see dseg.tsv"}
-        for file, name in zip(self.probabilities(id), self.outputs, strict=True) if self.with_probabilities else ():
-            described[file] = f"Probability of {name}, from 0 to 1"
+        if self.with_probabilities:
+            notes = (f"Probability of {name}, from 0 to 1" for name in self.outputs)
+            described |= zip(self.probabilities(id), notes, strict=True)
         about = {"Manual": False, "Sources": self.sources[id], "SpatialReference": self.sources[id][0]}
         about |= {"Resolution": "that of the source image"} if "res" in self.entities[id] else {}
         for file, note in described.items():

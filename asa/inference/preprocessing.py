@@ -105,10 +105,8 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
             if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
                 raise ValueError(f"a region joins {values}")
         for left, right in data.get("lateral_pairs", []):
-            if not isinstance(left, str) or not isinstance(right, str):
+            if not {left, right} <= {*data["labels"].values()}:
                 raise ValueError(f"{[left, right]} is not a pair of labels")
-            if data.get("join_sides") and not {left, right} <= {*data["labels"].values()}:
-                raise ValueError(f"{[left, right]} are joined and not both labels")
         if not data["channels"]:
             raise ValueError("no channels")
         if not all(low <= high for low, high in data.get("range", {}).values()):

@@ -65,7 +65,7 @@ def predict_each(
     remaining: Callable[[Sequence[Scan]], Sequence[Scan]] | None = None,
     done: Callable[[str, Any], None] | None = None,
 ) -> None:
-    """Predict scans one by one; a scan that fails is named, and the others are done: then a ValueError.
+    """Predict scans one by one; one that fails is named and stops no other, and a ValueError follows at the end.
 
     Several `workers`, processes, need a predictor that can be pickled. `remaining` is called before the first scan,
     when the layout knows all of them: those that are to be predicted. `done` is called in this process as soon as a

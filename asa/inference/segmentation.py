@@ -59,7 +59,6 @@ def sliding_window(
     # For a network that cross-attends to the mirror image, the flipped volume is appended as further channels: a window
     # then holds the flipped box at the mirrored position too.
     mirrored = getattr(model, "mirrored", False)
-    image = torch.cat([image, flip(image)]) if mirrored else image  # C or 2C, D H W
 
     def predict(windows: Tensor) -> Tensor:
         volume, *mirror = windows.chunk(2, dim=1) if mirrored else (windows,)
@@ -69,9 +68,10 @@ def sliding_window(
         return logits
 
     def stitched(on: torch.device) -> Tensor:
+        both = torch.cat([image, flip(image)]) if mirrored else image  # C or 2C, D H W
         with torch.inference_mode(), autocast(device, pick_precision(settings.precision, device)):
             logits = sliding_window_inference(
-                image[None].to(on, torch.float32),
+                both[None].to(on, torch.float32),
                 roi_size=window_size(model),
                 sw_batch_size=settings.batch_size,
                 predictor=predict,

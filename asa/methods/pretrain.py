@@ -79,7 +79,7 @@ class MaskedPretraining(nn.Module):
         self.loss = AttentiveReconstructionLoss(model.encoder.patch_size, bins, importance)
 
     def mask(self, seeds: Tensor, air: Tensor | None = None) -> Tensor:
-        """R masks of each sample from its seed `(B,)`, without `air`, bool `(B, L)`: bool `(B*R, L)` on the CPU."""
+        """R masks of each sample from its seed `(B,)`, without `air` `(B, L)`: `(B*R, L)` on the CPU, True = masked."""
         return self._draw(seeds, air)[0]
 
     def _draw(self, seeds: Tensor, air: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -168,8 +168,9 @@ class MaskedPretraining(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, image: Tensor, mask: Tensor, air: Tensor | None = None) -> dict[str, Tensor]:
-        """A reconstruction of images `(B, C, D, H, W)` as volumes to draw, without `air`, bool `(B, L)` as the mask.
+        """A reconstruction of images `(B, C, D, H, W)` as volumes to draw.
 
+        `mask`, bool `(B, L)`, is True where masked; `air`, of the same shape, where dropped, which no masked patch is.
         With `decode` below 1 the masked patches are decoded in parts, as in training. Predictions of normalised patches
         get the true mean and variance.
 

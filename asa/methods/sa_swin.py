@@ -171,7 +171,8 @@ class SASwinPretraining(nn.Module):
 def draw_view(shape: Sequence[int], cutout: float, generator: torch.Generator) -> tuple[int, Tensor, Tensor, Tensor]:
     """Draw the random parameters of a view of an image of shape (C, D, H, W).
 
-    Quarter turns, noise `(C, D, H, W)`, and two bool `(1, D, H, W)`, True in the boxes of noise and of another scan.
+    Quarter turns, noise in [0, 1], `(C, D, H, W)`, and two bool `(1, D, H, W)`, True in the boxes of noise and of
+    another scan.
     """
     quarters = int(torch.randint(4, (), generator=generator))
     noise = unit_noise(shape, generator)

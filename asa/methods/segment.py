@@ -47,7 +47,6 @@ class Segmentation(nn.Module):
     """
 
     task = "segmentation"
-    mirrored = False  # whether batches have the mirror image; of an instance what its network says
 
     def __init__(
         self, model: SegmentationNetwork, *, background_weight: float | Sequence[float] = 1.0, scales: int | None = None
@@ -59,7 +58,6 @@ class Segmentation(nn.Module):
                 f"got {type(model).__name__}"
             )
         self.model: Any = model
-        self.mirrored = model.mirrored
         self.background_weights = _first_and_last(background_weight)
         self.loss: nn.Module = DeeplySupervisedDiceCE(background_weight=self.background_weights[0], scales=scales)
 
@@ -68,6 +66,11 @@ class Segmentation(nn.Module):
         first, last = self.background_weights
         if isinstance(self.loss, DeeplySupervisedDiceCE):
             self.loss.background_weight = first ** (1 - done) * last**done
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image" and "label", and "mirror" if the network takes it."""

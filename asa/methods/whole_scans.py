@@ -21,7 +21,6 @@ class Classification(nn.Module):
     """
 
     task = "classification"
-    mirrored = False  # whether batches have the mirror image; of an instance what its network says
 
     def __init__(self, model: Classifier, *, weights: Sequence[float] | None = None) -> None:
         super().__init__()
@@ -32,9 +31,14 @@ class Classification(nn.Module):
             raise ValueError(f"method.weights has {len(weights)} numbers for {classes} classes")
         if weights is not None and not (all(0 <= one < float("inf") for one in weights) and any(weights)):
             raise ValueError(f"method.weights={list(weights)}: must be 0 or more, and not all 0")
-        self.model, self.mirrored = model, model.mirrored
+        self.model = model
         self.register_buffer("weights", torch.tensor(weights or [1.0] * classes), persistent=False)
         self.weights: Tensor
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", class indices "target" `(B,)`, and "mirror" if the network takes it.
@@ -53,13 +57,17 @@ class Regression(nn.Module):
     """
 
     task = "regression"
-    mirrored = False  # as of a classification
 
     def __init__(self, model: Regressor) -> None:
         super().__init__()
         if not isinstance(model, Regressor):
             raise ValueError(f"method=regress needs model=..._regressor_..., got {type(model).__name__}")
-        self.model, self.mirrored = model, model.mirrored
+        self.model = model
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether batches have the mirror image."""
+        return self.model.mirrored
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch with "image", numbers "target" `(B,)` in their units, and "mirror" if the network takes it.

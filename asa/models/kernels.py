@@ -37,7 +37,7 @@ def in_float32(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
 
 
 def in_safe_precision(block: Callable[..., Tensor], *maps: Tensor) -> Tensor:
-    """The same where a bfloat16 weight gradient would be wrong: on a CPU, of 3x3x3 convolutions at a depth of 2."""
+    """Apply a block, in float32 where a bfloat16 gradient is wrong: on a CPU, of 3x3x3 convolutions at a depth of 2."""
     training = torch.is_grad_enabled() and torch.get_autocast_dtype("cpu") == torch.bfloat16
     if training and any(features.shape[2] == 2 for features in maps):
         return in_float32(block, *maps)

@@ -27,9 +27,10 @@ class MaskedAutoencoder(nn.Module):
     With `position="mirror"` this is ASA's network, with `"sincos"` a plain MAE with the same attention windows.
 
     Args:
-        decoder_depth: blocks of the decoder.
+        depth, decoder_depth: blocks of the encoder and of the decoder.
         decoder_dim: token width F of the decoder, whose heads are as wide as the encoder's; None: E.
-        depth: blocks of the encoder; all others are of encoder and decoder, see `asa.models.sw_vit.SWViT`.
+
+    All others are of both, see `asa.models.sw_vit.SWViT`.
 
     Raises:
         ValueError: a width of the decoder that is not a multiple of the width of a head.

@@ -99,7 +99,7 @@ class SymmetryAwareBlock(nn.Module):
 
 
 def with_mirror(volume: Tensor, mirrored: Tensor | None) -> Tensor:
-    """Volumes and their mirror images, else a ValueError, in one batch: `(B, C, D, H, W)` twice -> `(2 B, ...)`."""
+    """Volumes `(B, C, D, H, W)` and their mirror images in one batch, `(2 B, ...)`; a ValueError without the latter."""
     if mirrored is None:
         raise ValueError("this network compares a volume with its mirror image: pass both")
     return torch.cat([volume, mirrored])

@@ -83,7 +83,8 @@ class LinearWindowAttention(nn.Module):
         coordinates, else a ValueError.
         """
         order, back, coordinates, valid = sequence or TokenSequence()
-        qkv, table, out = self.qkv(reorder(tokens, order)), self._table(coordinates), []
+        qkv, table = self.qkv(reorder(tokens, order)), self._table(coordinates)
+        out = []
         runs = window_runs(tokens.shape[1], self.window, self.shift)
         # The gradient of a split is one copy, that of several slices a sum.
         parts = qkv.split([n * size for _, n, size in runs], dim=1) if len(runs) > 1 else [qkv]

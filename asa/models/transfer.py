@@ -36,7 +36,10 @@ class Encoder(Protocol):
     """A module whose weights can be initialised from a checkpoint of other sizes."""
 
     def adapted(self, name: str, tensor: Tensor, patch_size: int | None) -> tuple[Tensor, str]:
-        """A tensor of this name from a checkpoint of this patch size as needed here, else itself, and what changed."""
+        """A checkpoint's tensor as this encoder needs it, and what was changed; itself and "" if that is impossible.
+
+        `name` is this encoder's; `patch_size` the checkpoint's, or None: this encoder's.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -85,10 +88,11 @@ def plan_transfer(source: Source, encoder: Encoder) -> list[Transfer]:
         else:
             why = "; ".join(filter(None, (reason, change)))
             plan.append(Transfer(name, "adapted" if why else "loaded", why or "same shape", original, adapted))
-    for name, tensor in ((PREFIX + inner, tensor) for inner, tensor in own.items()):
+    for inner, tensor in own.items():
+        name = PREFIX + inner
         if name in source.weights:
             continue
-        if name.endswith(source.absent):
+        if inner.endswith(source.absent):
             why = "0, as the checkpoint's kind has no such term"
             plan.append(Transfer(name, "adapted", why, tensor=torch.zeros_like(tensor)))
         else:

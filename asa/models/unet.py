@@ -84,7 +84,7 @@ class SegmentationUNet(nn.Module):
         """Segment volumes `(B, C, D, H, W)`: logits `(B, K, D, H, W)`.
 
         Args:
-            deep_supervision: return a list of the logits of all five heads, each at half the resolution of the last.
+            deep_supervision: return a list of the logits of all five heads, from the finest to the coarsest.
             mirrored: with `symmetry`, the mirror image: voxel i is the counterpart of the volume's voxel i.
 
         Raises:

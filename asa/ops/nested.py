@@ -50,9 +50,9 @@ def painting_order(regions: Mapping[str, Sequence[int]]) -> list[tuple[int, int]
 
 
 def paint(probabilities: Iterable[Tensor], order: Sequence[tuple[int, int]]) -> Tensor:
-    """The label map, int32 `(D, H, W)`, of R probability maps `(D, H, W)`, which are read one by one, above 0.5.
+    """The label map, int32 `(D, H, W)`, of R probability maps `(D, H, W)`, which are read one by one.
 
-    Where no region is predicted, the label is 0. The order is from `painting_order`.
+    A region is predicted above 0.5; where none is, the label is 0. The order is from `painting_order`.
     """
     turn = {index: n for n, (index, _) in enumerate(order, start=1)}
     labels = torch.tensor([0, *(label for _, label in order)], dtype=torch.int32)

@@ -76,7 +76,7 @@ def patchify(volume: Tensor, patch_size: int) -> Tensor:
         ValueError: sizes that are not divisible by the patch's edge s.
     """
     t, h, w = grid_size(volume.shape[2:], patch_size)
-    b, c, s = *volume.shape[:2], patch_size
+    (b, c), s = volume.shape[:2], patch_size
     tokens = volume.reshape(b, c, t, s, h, s, w, s)
     tokens = tokens.permute(0, 2, 4, 6, 1, 3, 5, 7)  # B T H W C s s s
     return tokens.reshape(b, t * h * w, c * s**3)
@@ -116,7 +116,7 @@ def constant_patches(volume: Tensor, patch_size: int) -> Tensor:
 def random_mask(
     batch: int, length: int, ratio: float, generator: torch.Generator | None = None, air: Tensor | None = None
 ) -> Tensor:
-    """Mask the same fraction of the L tokens in each of B samples: bool `(B, L)` on the generator's device.
+    """Mask the same fraction of random tokens in each sample: `(B, L)` on the generator's device, True = masked.
 
     Args:
         batch, length: B and L.
@@ -227,7 +227,7 @@ def reorder(tokens: Tensor, order: Tensor | None) -> Tensor:
 
 
 def random_boxes(shape: Sequence[int], largest: float, generator: torch.Generator) -> Tensor:
-    """Boxes in a volume (D, H, W) that cover a fraction of it, drawn from 0 to `largest`, or slightly more; bool."""
+    """Boxes in a volume (D, H, W) that cover a fraction of it, drawn from 0 to `largest`, or more; True inside."""
     covered = np.zeros(tuple(shape), dtype=bool)
     wanted = largest * torch.rand((), generator=generator, dtype=torch.float64).item() * covered.size
     low, high = BOX_EDGES

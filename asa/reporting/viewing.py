@@ -123,7 +123,8 @@ def read_scores(folder: Path) -> Scores:
     """An evaluation of label maps: of each case the first metric, its mean over the regions and the worst of these."""
     run = read_run(folder.name, folder)
     policy = get_policy(run.setting["policy"])
-    metric, worst = policy.metrics[0], min if policy.metrics[0].higher_is_better else max
+    metric = policy.metrics[0]
+    worst = min if metric.higher_is_better else max
     rows = [Row(id, region, values) for (id, region), values in run.values.items()]
     cells = {}
     for id, mean in case_scores(Summary(policy=policy, rows=rows, results={}, subjects={})).items():

@@ -65,11 +65,11 @@ def find_pairs(
             raise ValueError(
                 f"{root}: {lone[0]}{more} is in {one}/ and not in {other}/: all files of a case must have the same name"
             )
+    if regions is not None and (lone := sorted(images[low].keys() - images[regions].keys())):
+        raise ValueError(f"{root}: {lone[0]} has no label map in {regions}/: run asa-regions again")
     pairs: list[Pair] = []
     for id, path in images[low].items():
         clean = images[high][id]
-        if regions is not None and id not in images[regions]:
-            raise ValueError(f"{root}: {id} has no label map in {regions}/: run asa-regions again")
         if all(str(file).endswith(NIFTI) for file in (path, clean)):
             check_same_slice(path, clean)
         labels = None if regions is None else str(images[regions][id])

@@ -43,7 +43,7 @@ def regions(config: dict[str, Any]) -> None:
     made = {**settings, "window": None if window is None else list(window)}
     if (out / SETTINGS).is_file() and (before := read_json(out / SETTINGS)) != made:
         raise ValueError(f"{out}: holds label maps made with other settings ({before}): choose another out=")
-    make_provider(**settings)  # invalid settings fail once, not for every image
+    _provider(**settings)  # invalid settings fail once, not for every image
     write_json(out / SETTINGS, made)
     jobs = [(id, str(path)) for id, path in found.items() if not (out / f"{id}.png").is_file()]
     compute = partial(_compute, out=out, settings=settings, window=window)
@@ -64,7 +64,7 @@ def _compute(job: tuple[str, str], *, out: Path, settings: dict[str, Any], windo
     """Compute and store the label map of an image (id, path); returns its number of regions."""
     id, path = job
     image = read_picture(path, window)
-    labels = make_provider(**settings)(id, image)
+    labels = _provider(**settings)(id, image)
     write_picture(out / "previews" / f"{id}.png", outlined(image, labels))
     write_regions(out / f"{id}.png", labels)  # last, so that an existing map has its preview
     return len(np.unique(labels))
@@ -79,7 +79,6 @@ def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(border, OUTLINE[:, None, None], colour)
 
 
-@cache  # so that a worker process loads a network once
 def make_provider(
     name: str,
     *,
@@ -114,6 +113,9 @@ def make_provider(
             raise ValueError("provider=stored needs the folder of the label maps: give stored=")
         return partial(_stored, folder=Path(folder))
     raise ValueError(f"provider={name!r}: choose one of {', '.join(PROVIDERS)}")
+
+
+_provider = cache(make_provider)  # so that a worker process loads a network once
 
 
 def _superpixels(_: str, image: np.ndarray, *, method: str, **settings: Any) -> np.ndarray:

@@ -72,9 +72,8 @@ class AtlasPredictor(SegmentationPredictor):
         own = (self.input / MANIFEST).exists() and self.input.resolve() == store.path.resolve()
 
         def is_atlas(scan: Scan) -> bool:
-            return bool(
-                (own and scan.subject in subjects) or files & {Path(one).resolve() for one in scan.files.values()}
-            )
+            own_files = (Path(one).resolve() for one in scan.files.values())
+            return (own and scan.subject in subjects) or not files.isdisjoint(own_files)
 
         left_out = [scan.id for scan in scans if is_atlas(scan)]
         kept = [scan for scan in scans if scan.id not in left_out]

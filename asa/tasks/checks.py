@@ -36,7 +36,7 @@ def follow_init(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The network for the encoder of `init=`, its size and how it treats positions, as settings by dotted key.
 
     {} where the `key=value` arguments give a network or an experiment, where the checkpoint is not of this package or
-    not here, and where no network of the method has such an encoder.
+    not here, and where no network of the method has such an encoder. What the arguments give is not changed.
     """
     given = given_settings(overrides) if command in METHODS else {}
     if not given.get("init") or {"model", "experiment"} & given.keys():

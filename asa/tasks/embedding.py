@@ -104,7 +104,10 @@ def embed_task(config: Config) -> None:
 
 
 def evaluate_probe(config: Config) -> None:
-    """Score what a simple model reads from features about a column of a table, and how well they tell the site."""
+    """Score what a simple model reads from features about a column of a table, and how well they tell the site.
+
+    An ImportError without the extra `probe`; without `report` only the page is missing.
+    """
     table, truth, out = tables_of(config, TABLE)
     check_page(out / "report.html")
     check_own(out / "predictions.csv", "asa-evaluate", {"id", "predicted"}, "(?!subject$).*")  # no asa-predict's
@@ -140,8 +143,10 @@ def evaluate_probe(config: Config) -> None:
         for name in sorted(set(groups)):
             part, gap = found.only(groups == name), found.gap(groups == name)
             written["groups"][name] = nullable(part.scores) | {"gap": nullable(gap)}
-            less, of = in_interval(gap["gap"], gap["low"], gap["high"], "+.3g"), counted(len(part.truth), "scan")
-            lines.append(f"  {group} {name}: {part.text()}, {of}, less the others' {less}")
+            less = in_interval(gap["gap"], gap["low"], gap["high"], "+.3g")
+            lines.append(
+                f"  {group} {name}: {part.text()}, {counted(len(part.truth), 'scan')}, less the others' {less}"
+            )
     sites = None
     if (site := config["site"]) is not None:
         sites = site, list(_complete(truth, site, scans))

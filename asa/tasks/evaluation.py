@@ -195,7 +195,7 @@ def _match(
     for id in sorted(truths):
         image = None if images is None else Path(images[id])
         cases.append(CaseFiles(id, found.get(id), Path(truths[id]), image))
-        for what, path in (("truth", cases[-1].truth), ("image", image)):
+        for what, path in (("truth", Path(truths[id])), ("image", image)):
             if path is not None:
                 check_present(path, f"; correct the path of the {what} of {id}")
     return cases, unmatched
@@ -309,7 +309,7 @@ def _truth_of_folder(path: Path, config: Config) -> dict[str, Any]:
 
 
 def compare_folders(folders: Mapping[str, Path], out: Path, *, allow_missing: bool = False) -> Comparison:
-    """Compare evaluations, by their names, with the first of them and write the tables and the page; see `asa.compare`.
+    """Compare evaluations, folders by name, with the first of them, and write tables and page; see `asa.compare`.
 
     A FileNotFoundError for a folder without an evaluation, a ValueError for evaluations of another policy, or of other
     regions, cases or truths; an ImportError without the extra `report`, when only the page is missing.

@@ -66,8 +66,8 @@ class _AnomalyPredictor:
 class SegmentationPredictor:
     """Writes the label map of each scan and `OUT/volumes.csv`; on request also probabilities and uncertainty.
 
-    By default by the networks of the configuration. A folder is refused if it holds label maps that atlases made, which
-    networks would mix with theirs, or other files that might be replaced.
+    They are those of `segmenter`, or of the networks of the configuration. A folder is refused if it holds label maps
+    that atlases made, which networks would mix with theirs, or other files that might be replaced.
     """
 
     def __init__(self, config: Config, segmenter: AtlasSegmenter | None = None) -> None:

@@ -66,7 +66,8 @@ def _is_foreign(path: Path) -> bool:
 def verify(path: Path) -> None:
     """Compare a store with its checksums; a ValueError after the list of damaged scans."""
     store = Store(path)
-    for id, reason in (damaged := store.verify()):
+    damaged = store.verify()
+    for id, reason in damaged:
         print(f"{id}: {reason}")
     if damaged:
         raise ValueError(f"{path}: {counted(len(damaged), 'scan')} damaged, listed above with what to do")

@@ -32,11 +32,10 @@ from asa.inference.anomaly import ASYMMETRY_TABLE, AsymmetryScorer, PredictionEr
 from asa.inference.anomaly import TABLE as ANOMALY_TABLE
 from asa.inference.feature_health import FeatureHealth, open_labelled, predictor_of
 from asa.inference.preprocessing import training_scan_metadata
-from asa.inference.segmentation import PredictSettings
 from asa.methods.base import MODALITY, Batch
 from asa.methods.base import Pretraining as PretrainingMethod
 from asa.reporting.figures import reconstruction_panel
-from asa.settings import Config
+from asa.settings import Config, PredictSettings
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import channels_of, only_checkpoint, predict_anomalies, subjects_in
 from asa.tasks.volumes import Records, VolumeTask
@@ -101,7 +100,7 @@ class Pretraining(VolumeTask):
         return bool(self.store.ignored and not self.store.labels) and getattr(method, "excludes", False)
 
     def validation(self, method: Any) -> Validate:
-        # Without held-out subjects on training scans, which `begin` says.
+        # Without held-out subjects: on training scans, as `begin` says.
         held_out = self.crops(method, self.parts["validation"] or self._first_scans())
         path, placement = self.data.labelled_store, self.data.placement
         labelled = open_labelled(path, self._channels_of(path), held_out.size, placement) if path else None
@@ -163,7 +162,8 @@ class Pretraining(VolumeTask):
     @staticmethod
     def predict(config: Config) -> None:
         """Maps of asymmetry, or of the errors of a network's predictions; see `map` of asa-predict."""
-        checkpoint, own = only_checkpoint(config, "an anomaly map"), {key: config[key] for key in ("strip", "plugins")}
+        checkpoint = only_checkpoint(config, "an anomaly map")
+        own = {key: config[key] for key in ("strip", "plugins")}
         model, preprocessor = read_pretrained(checkpoint, channels=channels_of(config), **own)
         asymmetry = config["map"] == "asymmetry" or (config["map"] is None and hasattr(model, "asymmetry"))
         scorer: Any = AsymmetryScorer if asymmetry else PredictionErrorScorer
@@ -194,7 +194,8 @@ def validate_pretraining(method: PretrainingMethod, dataset: CropDataset) -> Val
     """Means of what a method in evaluation mode returns over all records, and panels of the first record.
 
     Where records are of several modalities, "NAME_MODALITY" are the means over those of each. Several processes divide
-    the records between them; each returns the whole result, and the main one the panels.
+    the records between them; each returns the whole result, and the main one the panels. The random draws are always
+    the same, and crops are not augmented.
     """
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device

@@ -34,7 +34,7 @@ from asa.training.run_folder import open_run, run_backend, unfinished
 
 
 def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:
-    """The composed configuration of a command, without "asa-"; raises as `compose`.
+    """The composed configuration of a command, named without "asa-"; raises as `compose`.
 
     Args:
         settings: nested, or by dotted key; later ones win. None leaves a key at null.
@@ -59,7 +59,7 @@ def prepare(out: str | Path, *, config_dir: str | Path | None = None, **settings
         config_dir, settings: as in `pretrain`, of asa-prepare, like `data="bids", **{"data.root": FOLDER}`.
 
     Raises:
-        ValueError: settings that do not fit, or scans that failed when the others are prepared.
+        ValueError: settings that do not fit, or scans that failed; the others are prepared.
     """
     call("prepare", settings, {"out": str(out)}, config_dir=config_dir)
     return Path(at_home(str(out)))
@@ -228,14 +228,16 @@ def train_task(config: Config, command: str) -> Path | None:
         return None
     task.load_init(method)
     dataset, validate = task.dataset(method), task.validation(method)
-    options: dict[str, Any] = dict(settings=settings, optim=optim, loader=loader, validate=validate, backend=backend)
     description = {"model": config["model"], "task": name, "data": task.metadata()}
     init, recorded = config["init"], dict(config)
     if init and not (on_hub(init) or is_shipped(init)):  # the run can then be continued from any folder
         recorded["init"] = str(Path(str(init)).expanduser().absolute())
     with open_run(recorded, task.split, settings, backend) as run:
         task.begin(run)
-        metrics = train(method, dataset, run, description=description, **options)
+        metrics = train(
+            method, dataset, run, settings=settings, optim=optim, loader=loader, description=description,
+            validate=validate, backend=backend,
+        )  # fmt: skip
         task.finish(run, method, metrics)
     print(f"wrote {find_weights(run)}")
     return run
@@ -274,7 +276,10 @@ def predict_task(config: Config) -> None:
 
 
 def evaluate_task(config: Config) -> None:
-    """Score predictions, or compare evaluations; print the table, write the results."""
+    """Score predictions, or compare evaluations; print the table, write the results.
+
+    A policy is one of label maps, "asymmetry" (anomaly maps and their tables), "probe" (features), or a task's name.
+    """
     if config["compare"] is not None:
         if given := [key for key in ("predictions", "truth") if config[key] is not None]:
             raise ValueError(f"{given[0]}= and compare= exclude each other: evaluate each run first, then compare them")
@@ -284,7 +289,7 @@ def evaluate_task(config: Config) -> None:
     if policy == "probe":
         evaluate_probe(config)
         return
-    task = "segmentation" if policy in POLICIES else "pretraining" if policy == "asymmetry" else policy  # else its name
+    task = "segmentation" if policy in POLICIES else "pretraining" if policy == "asymmetry" else policy
     find_task(task, config["plugins"]).evaluate(config)
 
 

@@ -24,13 +24,13 @@ from asa.errors import counted, listed
 from asa.evaluation.metrics import dice
 from asa.inference.anomaly import LabelScorer
 from asa.inference.label_maps import Outputs
-from asa.inference.segmentation import PredictSettings, sliding_window
+from asa.inference.segmentation import sliding_window
 from asa.inference.unlabelled import REST, UnlabelledScans
 from asa.methods.segment import Segmentation as SegmentationMethod
 from asa.ops.labels import IGNORED, joined_sides, pairs_by_name, side_of
 from asa.ops.nested import painting_order
 from asa.reporting.figures import central_slices, label_colours, overlay_panel, titled, with_legend
-from asa.settings import Config
+from asa.settings import Config, PredictSettings
 from asa.tasks.evaluation import evaluate_label_maps
 from asa.tasks.prediction import LABEL_MAPS_ONLY, SegmentationPredictor, networks_of, predict_anomalies, predict_scans
 from asa.tasks.volumes import Records, VolumeTask, absolute, choose_split

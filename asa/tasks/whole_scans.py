@@ -23,7 +23,6 @@ from asa.data.store import Store
 from asa.errors import counted, listed
 from asa.evaluation.scans import ClassScores, NumberScores, score_classes, score_numbers, weighted_cross_entropy
 from asa.evaluation.tables import evaluate_classes, evaluate_numbers
-from asa.inference.segmentation import PredictSettings
 from asa.inference.whole_scans import (
     TABLE,
     VolumePredictor,
@@ -32,7 +31,7 @@ from asa.inference.whole_scans import (
     predict_volumes,
     predictions_csv,
 )
-from asa.settings import Config
+from asa.settings import Config, PredictSettings
 from asa.tasks.evaluation import tables_of
 from asa.tasks.prediction import add_rows, only_checkpoint, predict_scans
 from asa.tasks.volumes import VolumeTask

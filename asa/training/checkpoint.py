@@ -119,6 +119,7 @@ def keep_best(
 
     The highest value of the metric `name` is best; with a minus sign before it, the lowest. Of equal values the first
     is kept, and a non-finite one never is. The best so far is read from its checkpoint, also in a resumed run.
+    Raises as `check_best` and `save_checkpoint`.
     """
     check_best(name, metrics)
     sign = -1 if name.startswith("-") else 1
@@ -139,7 +140,8 @@ def check_best(name: str, metrics: Collection[str]) -> None:
 
 def read_best(run: Path) -> dict[str, Any] | None:
     """The best checkpoint: "name" and "value" of its metric, its "step" and "file"; None if there is none."""
-    if not (checkpoints := list_checkpoints(run, BEST)):
+    checkpoints = list_checkpoints(run, BEST)
+    if not checkpoints:
         return None
     description = read_description(checkpoints[-1])
     return {**description["best"], "step": description["step"], "file": checkpoints[-1] / WEIGHTS}
@@ -200,7 +202,8 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_tensors(file: Path) -> Any:
     """What `torch.save` wrote: plain data and tensors on the CPU, and nothing that could run code.
 
-    A ValueError for a compressed file, or tensors larger than it; errors of many types for a damaged one or others.
+    A ValueError for a compressed file or tensors larger than it; errors of many types for a damaged file or other
+    objects.
     """
     if zipfile.is_zipfile(file):  # torch.save does not compress, but torch.load unpacks whatever is compressed
         with zipfile.ZipFile(file) as archive:
@@ -350,7 +353,8 @@ def compare_shapes(model: nn.Module, weights: Mapping[str, Tensor], source: str)
     """Raise a ValueError that names `source` and the first tensor that is not the same in a model and in weights."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
-        here, there = (tuple(node[name].shape) if name in node else "absent" for node in (own, weights))
+        here = tuple(own[name].shape) if name in own else "absent"
+        there = tuple(weights[name].shape) if name in weights else "absent"
         if here != there:
             differs = f"{name} is {there} in the checkpoint and {here} in the model"
             raise ValueError(f"{source}: does not match the model: {differs}")

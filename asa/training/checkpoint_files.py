@@ -79,7 +79,7 @@ def fetch(reference: str, *files: str) -> Path:
 
     A process fetches a reference once, so that everything it reads is of one revision. A ValueError for what is no
     reference, a repository without one of the files, or a server that is not the Hub; a FileNotFoundError if neither
-    the Hub nor a copy in the cache has it; an OSError for another failure.
+    the Hub nor a copy in the cache has it; an OSError for another failure; an ImportError without the extra `hub`.
     """
     match = _REFERENCE.fullmatch(reference)
     if match is None:

@@ -139,7 +139,7 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory, for the whole process; whether it does, on Linux only.
+    """Make glibc keep freed memory, for the whole process; returns whether it does: only on Linux with glibc.
 
     By default it returns every large block to the system. Each tensor of a training step then lies in fresh pages,
     which the system maps and zeroes at first access; this takes a tenth of a step on a CPU.

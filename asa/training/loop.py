@@ -120,10 +120,10 @@ def train(
     ddp = spread(method, device)
 
     # --- data
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    micro, pinned = settings.accumulate, device.type == "cuda"
-    options: dict[str, Any] = {"micro_batches": micro, "start_step": step, "pin_memory": pinned, **ranks}
-    batches = iter(make_loader(dataset, settings.batch_size, loader, **options))
+    batches = iter(make_loader(
+        dataset, settings.batch_size, loader, micro_batches=settings.accumulate, start_step=step,
+        rank=distributed.rank(), world_size=distributed.world_size(), pin_memory=device.type == "cuda",
+    ))  # fmt: skip
     if before:
         set_random_state(before, device)  # after the loader was made, which draws a number
     meter = Meter(settings.batch_size, settings.accumulate)

@@ -267,7 +267,10 @@ def preflight(
 def step_peak(
     make: Callable[[], Any], example: Example, settings: TrainSettings, optim: OptimSettings, backend: Backend
 ) -> int | None:
-    """Bytes that tensors take on a GPU at the peak of a training step, measured in two steps; None: they do not fit."""
+    """Bytes that tensors take on a GPU at the peak of a training step, measured in two steps; None: they do not fit.
+
+    `make` makes the method, and `example` a micro-batch of it, of which tensors on the meta device become zeros.
+    """
     try:
         method = make()
         if not optim.freeze_until:

@@ -55,7 +55,8 @@ def load_pretrained(
 ) -> str:
     """Load pretrained weights into a network's encoder, or with `explain` only report what would happen to each tensor.
 
-    A hierarchical encoder (a Swin, which has `levels`) is loaded with its cross-attention, also with `explain`.
+    A hierarchical encoder (a Swin, which has `levels`) is loaded with its cross-attention; it has no report of single
+    tensors, so that `explain` makes no difference.
 
     Args:
         init, source, description: its name for messages, and what `read_source` returned.

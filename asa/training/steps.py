@@ -31,7 +31,10 @@ WORKER_KILLED = (
 
 
 class Meter:
-    """Sums the values that steps return, on the device, and times the steps, of `accumulate` micro-batches each."""
+    """Sums the values that steps return, on the device, and times the steps.
+
+    A step has `batch_size` samples, over all processes, in `accumulate` micro-batches.
+    """
 
     def __init__(self, batch_size: int, accumulate: int) -> None:
         self.batch_size, self.accumulate = batch_size, accumulate
@@ -78,7 +81,10 @@ class Meter:
         self.skipped = self.skipped + skipped
 
     def read(self, *, gradient_norm: Tensor, lr: float) -> dict[str, float]:
-        """Means over the ranks since the last reading, without skipped steps; waits for the device, and restarts."""
+        """Means over the ranks since the last reading, without skipped steps; waits for the device, and restarts.
+
+        The means are missing if all steps were skipped.
+        """
         counted = self.micro_batches - int(self.skipped) * self.accumulate
         means = mean_over_ranks({name: value / max(counted, 1) for name, value in self.sums.items()})
         values = {name: value.item() for name, value in means.items() if not value.dim()} if counted else {}

@@ -61,12 +61,13 @@ def plan(
             name = f"4 x {edge}^3 crops of {shape}, {varied}, {workers} workers"
             add("loader", name, edge=edge, batch=batch, volume=whole, workers=workers, augment=augment)
     for workers in (0, 2, 4):
-        own = {"network": "asa", "size": size, "edge": edge, "batch": batch, "volume": whole, "workers": workers}
-        add("fed", f"{describe('asa', size, edge)} crops of {shape}, {workers} workers", **own)
+        name = f"{describe('asa', size, edge)} crops of {shape}, {workers} workers"
+        add("fed", name, network="asa", size=size, edge=edge, batch=batch, volume=whole, workers=workers)
     windows = count_windows(whole, edge)
     for network in ("unet", "unetr", "swin"):
-        own = {"windows": windows, "overlap": OVERLAP, "network": network, "size": size, "edge": edge, "volume": whole}
-        add("window", f"{describe(network, size, edge)}, {windows} windows over {shape}", **own)
+        name = f"{describe(network, size, edge)}, {windows} windows over {shape}"
+        own: Spec = {"network": network, "size": size, "edge": edge, "volume": whole}
+        add("window", name, windows=windows, overlap=OVERLAP, **own)
     sides = [edge * k // 4 for k in (2, 3, 4, 5, 6)]
     for network, measured in (("asa", sides), ("dense", sides[:-1])):
         for side in measured:
@@ -79,8 +80,8 @@ def plan(
         add("digests", name, edge=edge, volume=whole, first=first)
     for count in records:
         for operation in OPERATIONS:
-            own = {"operation": operation, "records": count, "edge": edge, "volume": whole}
-            add("scale", f"{count:,} scans: {operation}", **own)
+            name = f"{count:,} scans: {operation}"
+            add("scale", name, operation=operation, records=count, edge=edge, volume=whole)
     return [{**row, **common} for row in rows]
 
 

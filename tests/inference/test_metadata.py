@@ -33,7 +33,7 @@ def test_what_asa_writes_is_taken() -> None:
         ("channels", "t1", "are not different names"),
         ("labels", {"1": "left", "2": "right", "3": "left"}, "are not different names"),
         ("labels", {"one": "left", "2": "right"}, "invalid literal"),
-        ("labels", {"1": "left", "2": "other"}, "are joined and not both labels"),
+        ("labels", {"1": "left", "2": "other"}, "is not a pair of labels"),
         ("regions", [["both", 3]], "a region joins 3"),
         ("regions", [["both", [1, "2"]]], "a region joins"),
         ("lateral_pairs", [["left", 2]], "is not a pair of labels"),
@@ -50,3 +50,9 @@ def test_what_asa_writes_is_taken() -> None:
 def test_anything_else_is_refused_with_the_entry(key: str, value: object, reason: str) -> None:
     with pytest.raises(ValueError, match=f"^run: its metadata of the training scans is not usable .*{reason}"):
         check_metadata("run", {**GOOD, key: value})
+
+
+def test_sides_that_are_exchanged_are_labels_whether_joined_or_not() -> None:
+    data = {**GOOD, "join_sides": False, "lateral_pairs": [["left", "elsewhere"]]}
+    with pytest.raises(ValueError, match=r"\['left', 'elsewhere'\] is not a pair of labels"):
+        check_metadata("run", data)

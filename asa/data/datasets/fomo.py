@@ -46,7 +46,7 @@ def records(
     if isinstance(datasets, str):
         raise ValueError(f"data.datasets={datasets}: give a list, like [{datasets}]")
     found, strange, wanted = [], [], set(map(_sequence, sequences))
-    subjects, kinds, there = set[str](), set[str](), set[str]()  # of all images; the last are the datasets
+    subjects, kinds, there = set[str](), set[str](), set[str]()  # subjects, sequences and datasets of all images
     for path in matching_files(root, "**/*.nii*"):
         relative, stem = path.relative_to(root), path.name.removesuffix(".nii.gz")
         folders = next((below for end, below in LAYOUTS.items() if relative.match(end)), None)
@@ -62,8 +62,8 @@ def records(
             continue
         subjects.add(f"{dataset}_{subject}")
         there.add(dataset)
-        kinds.add(_sequence(stem))
-        if _sequence(stem) in wanted:
+        kinds.add(kind := _sequence(stem))
+        if kind in wanted:
             name = stem if _ENTITIES.match(stem) else f"{subject}_{session}_{stem}"
             found.append(make_record(f"{dataset}_{name}", f"{dataset}_{subject}", {channel: path}, site=dataset))
     _warn_of_absent(root, wanted, datasets)

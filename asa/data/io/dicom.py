@@ -89,7 +89,8 @@ def convert_series(source: Path, out: Path) -> DicomReport:
     table = out / TABLE
     check_own(table, "asa-dicom", {"id", "file", "series_uid"})
     before = read_rows(table) if table.exists() else []
-    if len(rows := {row["id"]: row for row in before}) < len(before):
+    rows = {row["id"]: row for row in before}
+    if len(rows) < len(before):
         raise ValueError(f"{table}: an id is in two rows: remove one")
     for _, series in sorted(found.items()):
         with _converted(program, series.files) as (volumes, said):
@@ -130,7 +131,8 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
     """Write the volumes of a series that are sound, after their rows of the table."""
     base = _title(series, volumes, out, rows, {*report.written, *report.failures})
     told = [line.removeprefix("Warning: ") for line in said.splitlines() if line.startswith("Warning: ")]
-    about, (uid, study, patient, date), sound = series.header, series.key, dict[str, Path]()
+    about, (uid, study, patient, date) = series.header, series.key
+    sound: dict[str, Path] = {}
     for ending, path in volumes.items():
         title = f"{base}{ending}"
         try:
@@ -163,7 +165,7 @@ def _keep(series: _Series, volumes: dict[str, Path], said: str, out: Path, rows:
         write_whole(out / TABLE, csv_text(columns, table).encode(errors="replace"))
     for title, path in sound.items():
         write_whole(out / f"{title}.nii.gz", path.read_bytes())
-    report.written += sound
+        report.written.append(title)
 
 
 def _title(series: _Series, endings: Iterable[str], out: Path, rows: _Rows, taken: set[str]) -> str:

@@ -165,7 +165,7 @@ def check_kept(folder: Path) -> None:
 
 
 def check_out(out: Path, mark: str, what: str) -> None:
-    """Raise a ValueError for a folder with other files than `what`, each folder of which holds the file `mark`."""
+    """Raise a ValueError for a folder that holds other files and not `mark`, which each folder of kind `what` has."""
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / mark).is_file()):
         raise ValueError(f"{out} is not empty and not {what}: choose another out=")
 

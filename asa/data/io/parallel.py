@@ -37,6 +37,7 @@ def in_processes(
         function: can be pickled, like its jobs and results. An exception in it is raised here, and jobs that have not
             started are cancelled.
         workers: number of processes; 1 calls the function in this process.
+        title, unit, progress: text of the progress bar, and whether to show it.
 
     Yields:
         (job, result) as they finish; the result is None where the worker was killed, see `KILLED`, in the end alone.

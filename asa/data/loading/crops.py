@@ -128,8 +128,8 @@ class CropDataset(Samples):
                 f"data.foreground={self.foreground} needs random crops of labelled scans: set data.placement=random"
             )
         for record in self.records if self.labelled else ():
-            # The label map is opened only where the record does not tell.
-            if not ("label" in record["arrays"] if "arrays" in record else self.source.label(record["id"]) is not None):
+            told = "arrays" in record  # else the label map is opened
+            if not ("label" in record["arrays"] if told else self.source.label(record["id"]) is not None):
                 raise ValueError(f"{record['id']}: has no label map; leave it out of the split or prepare it with one")
         self.ids = self.records.ids if isinstance(self.records, Records) else [record["id"] for record in self.records]
         self._augment = self.augment or AugmentSettings()

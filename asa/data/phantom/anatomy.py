@@ -119,7 +119,10 @@ def load_template(*, rim: bool = False, ventricles: bool = False, structures: bo
 
 
 def ventricle_distances(lateral: np.ndarray, spacing: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in mm from lateral ventricles, bool (D, H, W), and from the tips of their horns. No spacing: 1 mm."""
+    """Distances in mm from lateral ventricles, bool (D, H, W), and from the tips of their frontal and occipital horns.
+
+    The spacing is along D, H, W; None: 1 mm.
+    """
     forward = np.flatnonzero(lateral.any(axis=(0, 2)))
     tips = np.zeros_like(lateral)
     for row in (forward[0], forward[-1]):

@@ -69,7 +69,7 @@ def make_cohort(
         ImportError: nilearn, which contains the template, is not installed.
         ValueError: an option out of range, or `out` holds another phantom cohort.
     """
-    if kind not in [*KINDS]:
+    if kind not in [*KINDS]:  # a list, as it may be of any type
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     typed = isinstance(subjects, int) and isinstance(seed, int) and isinstance(rim, bool)
     in_range = typed and subjects >= 1 and seed >= 0 and names in (2021, 2023)
@@ -115,7 +115,7 @@ def records(
     root = Path(root)
     options: dict[str, Any] = dict(kind=kind, seed=seed, resolution=float(resolution), rim=rim, names=names)
     about = read_json(root / "phantom.json") if (root / "phantom.json").is_file() else {}
-    same = options.items() <= about.items()
+    same = isinstance(about, dict) and options.items() <= about.items()
     if not same or len([*root.rglob("*.nii.gz"), *root.rglob("*.mgz")]) < subjects * KINDS[kind]:
         make_cohort(subjects=subjects, out=root, **options)
     readers: dict[str, Callable[[Path], list[Record]]] = {

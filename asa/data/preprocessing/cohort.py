@@ -102,7 +102,7 @@ def prepare_cohort(
             check_distinct(sorted(ids | entries.keys()))
             (root / UNFINISHED).touch()
             # At the end, the records are written, also of a run that fails; then the mark goes, if it does not fail.
-            stack.push(lambda failure, *_: None if failure else (root / UNFINISHED).unlink(missing_ok=True))
+            stack.push(partial(_finish, root))
             stack.callback(write_records, root, entries)
             report.others = sorted(entries.keys() - ids)
         for record in tqdm(records, "compare", unit="scan", disable=not progress or not entries):
@@ -148,6 +148,12 @@ def prepare_cohort(
     report.failures = dict(sorted(report.failures.items()))
     report.warnings = dict(sorted(report.warnings.items()))
     return report
+
+
+def _finish(root: Path, failure: type[BaseException] | None, *_: object) -> None:
+    """Called at the end of a preparation, also of one that is stopped."""
+    if failure is None:
+        (root / UNFINISHED).unlink(missing_ok=True)
 
 
 def _header(records: Sequence[Record], cohort: CohortSettings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-Lengths = Sequence[float] | np.ndarray
+Lengths = Sequence[float] | np.ndarray  # along D, H, W: sizes of voxels in mm
 FWHM_PER_SIGMA = 2.355  # full width at half maximum of a Gaussian with unit standard deviation
 
 

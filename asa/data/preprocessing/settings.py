@@ -160,7 +160,7 @@ class CohortSettings:
             if not isinstance(value, int) or value in labels or value == 0:
                 raise ValueError(f"ignored: {value!r} should be a label value that labels does not name")
         for name, values in regions.items():
-            undeclared = [value for value in values if value not in [*labels]]
+            undeclared = [value for value in values if value not in [*labels]]  # a list, as they may be of any type
             if undeclared or not values:
                 raise ValueError(f"regions: {name} joins {undeclared or 'nothing'}; give values that labels names")
         if self.missing not in ("refuse", "zero"):

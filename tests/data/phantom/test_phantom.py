@@ -305,6 +305,14 @@ def test_every_subject_has_a_json_that_marks_it_as_a_phantom(tmp_path):
 # ---------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.parametrize("content", ["[]", "3"])
+def test_a_folder_with_the_description_of_something_else_is_refused(content, tmp_path):
+    (tmp_path / "phantom.json").write_text(content)
+    with pytest.raises(ValueError, match="holds another phantom cohort"):
+        phantom.records(tmp_path, kind="t1", subjects=1)
+    assert (tmp_path / "phantom.json").read_text() == content
+
+
 @needs_template
 def test_two_cohorts_are_not_mixed_in_one_folder(tmp_path):
     root = cohort(tmp_path, "t1", 1)
