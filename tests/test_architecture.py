@@ -28,10 +28,10 @@ LINES = {
     "": 706,
     "baselines": 1058,  # puzzles without mirrored patches
     "cli": 753,  # stale stages of a study
-    "data": 7733,  # a killed worker fails its own scan; values by session; what a BIDS dataset has beside
+    "data": 7732,  # a killed worker fails its own scan; values by session; what a BIDS dataset has beside
     "evaluation": 2344,  # scores over subjects, and on scans of the training; a summary of something else stays
     "export": 740,  # what is not finite becomes no label map
-    "inference": 2576,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size
+    "inference": 2577,  # labels for unlabelled scans; scans and ensembles are checked by content and voxel size
     "losses": 466,  # two classes or more; features of all processes
     "methods": 700,  # weights of classes and tasks are checked
     "models": 2116,  # layers of a Swin; small convolutions on a CPU

@@ -105,7 +105,8 @@ def check_metadata(path: str, data: Mapping[str, Any]) -> None:
             if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
                 raise ValueError(f"a region joins {values}")
         for left, right in data.get("lateral_pairs", []):
-            if not {left, right} <= {*data["labels"].values()}:
+            known = {*data["labels"].values()} if "labels" in data or data.get("join_sides") else {left, right}
+            if not isinstance(left, str) or not isinstance(right, str) or not {left, right} <= known:
                 raise ValueError(f"{[left, right]} is not a pair of labels")
         if not data["channels"]:
             raise ValueError("no channels")

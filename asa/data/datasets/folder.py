@@ -64,7 +64,7 @@ def records(
 
 
 def _from_globs(root: Path, images: Mapping[str, str], label: str | None) -> list[Record]:
-    if "label" in images:
+    if label is not None and "label" in images:
         raise ValueError(f"{root}: a channel cannot be called 'label'; rename it in data.images")
     globs = dict(images) | ({"label": label} if label is not None else {})
     first = next(iter(globs))

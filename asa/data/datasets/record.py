@@ -179,8 +179,6 @@ def check_channel(name: object) -> None:
         )
     if "/" in name or "\\" in name or name.startswith("."):
         raise ValueError(f"the channel {name!r} begins with a dot or has a slash, and names files: rename it")
-    if name == "label":
-        raise ValueError("the channel 'label' has the name of the label maps: rename it")
 
 
 def is_label_map(name: str) -> bool:

@@ -204,7 +204,8 @@ def _absent(record: Record) -> list[str]:
 def _files(record: Record) -> dict[str, dict[str, Any]]:
     """Path, size and modification time of each source file; the path alone where there is none."""
     files: dict[str, dict[str, Any]] = {}
-    for name, path in {**record["images"], "label": record.get("label")}.items():
+    label = {"label": record["label"]} if "label" in record else {}  # without one, a channel may have that name
+    for name, path in {**record["images"], **label}.items():
         if path is not None:
             files[name] = {"path": os.path.abspath(path)}
             with suppress(OSError):

@@ -232,7 +232,6 @@ def test_a_scan_without_the_first_channel_is_refused_because_it_has_no_id(tmp_pa
         ({"images": {"t1": "*_T1.nii", "t2": "*_T3.nii"}}, "t2: glob .* matches none of the scans"),
         ({"images": {"t1": "*_T1.nii"}, "subject": "x(.)"}, "finds no group 1"),
         ({"images": {"t1": "*.nii", "label": "*.nii"}, "label": "*.nii"}, "cannot be called 'label'"),
-        ({"images": {"label": "*.nii"}}, "cannot be called 'label'"),
         ({}, "give the names of the images"),
         ({"table": "cohort.csv", "label": "*.nii"}, "leave out data.label"),
     ],
