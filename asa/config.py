@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 ALTERNATIVES = {"predict": ("checkpoint", "atlas")}
 # What a command's configuration may name. A checkpoint may name models only: it often comes from somebody else.
 PACKAGES = ("asa.baselines", "asa.restoration")  # reached by name only
-READERS = ("asa.data.datasets", "asa.data.phantom.cohort.records")
+READERS = ("asa.data.datasets", "asa.data.phantom.reader")
 CONFIG_TARGETS = ("asa.models", "asa.methods", *READERS, "asa.data.preprocessing.settings", *PACKAGES)
 CHECKPOINT_TARGETS = ("asa.models", "asa.baselines", "asa.restoration.rat", "asa.restoration.restormer")
 
@@ -88,11 +88,10 @@ def build(node: Any, *, plugins: Sequence[str] = (), targets: Sequence[str] = CO
 
 
 def locate(target: Any, allowed: Sequence[str]) -> Any:
-    """The function or class `package.module.name`; a ValueError if it is neither allowed nor in an allowed package."""
+    """The function or class `package.module.name`; a ValueError if it is under none of the allowed packages."""
     target = " ".join(str(target).split())  # one line, whatever a checkpoint holds
     module_name, _, name = target.rpartition(".")
-    named = target in allowed and "." in target
-    if not named and not _lies_under(module_name, allowed):
+    if not _lies_under(module_name, allowed):
         only = f"only what lies under {', '.join(allowed)}; give a package of your own as plugins=[mine]"
         raise ValueError(f"_target_={target} is not allowed: {only}")
     try:
@@ -103,7 +102,7 @@ def locate(target: Any, allowed: Sequence[str]) -> Any:
         advice = f": install {top}, or give --config-dir, beside which it is searched" if absent else ""
         raise ValueError(f"_target_={target} does not exist ({error}){advice}") from error
     # Only what is defined there, not what is imported there.
-    if not callable(function) or not (named or _lies_under(str(getattr(function, "__module__", "")), allowed)):
+    if not callable(function) or not _lies_under(str(getattr(function, "__module__", "")), allowed):
         raise ValueError(f"_target_={target} is not a function or class of that module")
     return function
 

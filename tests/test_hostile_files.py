@@ -21,7 +21,7 @@ from asa.data.store import append_records
 from asa.errors import LONGEST, one_line
 from asa.export.hub import export_hub
 from asa.inference.layout import label_maps_of
-from asa.tasks.base import find_task
+from asa.tasks.run import find_task
 from asa.training import checkpoint as checkpoints
 from asa.training.checkpoint import read_weights, save_checkpoint
 from asa.training.loop import resume
@@ -37,7 +37,7 @@ MINE = {"images": {"t1": "/x.nii"}}
 
 
 @pytest.mark.parametrize("name", [
-    "asa.tasks.base.Task", "asa.tasks.run.predict_task", "asa.tasks.segmentation.Segmentation", "os.system",
+    "asa.tasks.run.Task", "asa.tasks.run.predict_task", "asa.tasks.segmentation.Segmentation", "os.system",
     "x" * 10**6,
 ])  # fmt: skip
 def test_a_checkpoint_names_only_tasks_that_there_are(tmp_path: Path, monkeypatch, capsys, name: str) -> None:
@@ -47,7 +47,7 @@ def test_a_checkpoint_names_only_tasks_that_there_are(tmp_path: Path, monkeypatc
     assert "no task" in error and len(error) < 300 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["stores.write_tree", "examples.Nothing", "asa.tasks.base.Task", "pathlib.Path"])
+@pytest.mark.parametrize("name", ["stores.write_tree", "examples.Nothing", "asa.tasks.run.Task", "pathlib.Path"])
 def test_what_is_no_task_of_a_plugin_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no task|does not exist|not allowed|not a function"):
         find_task(name, ["stores", "examples", "pathlib"])

@@ -2,25 +2,26 @@
 
 Keyword arguments are the commands' keys, nested or dotted: `finetune("stores/ibsr", "runs/ibsr", experiment="ibsr",
 train={"steps": 5000}, **{"optim.lr": 1e-3})`. `asa-finetune --help` lists them. What is done depends on the task alone,
-which the method or the checkpoint names, see `asa.tasks.base`.
+which the method or the checkpoint names, see `Task`.
 """
 
 import pkgutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from asa.config import as_overrides, at_home, build, compose, typed
+from asa.config import PACKAGES, as_overrides, at_home, build, compose, locate, typed
 from asa.data.io.files import read_json
+from asa.data.loading.crops import Samples
 from asa.evaluation.comparison import comparison_table
 from asa.evaluation.policies import POLICIES
+from asa.methods.base import Batch
 from asa.settings import Config, LoaderSettings, OptimSettings, TrainSettings
 from asa.tasks import COMMANDS
 from asa.tasks.atlases import check_network_settings, predict_by_registration
-from asa.tasks.base import find_task, task_of_method
 from asa.tasks.checks import check, follow_init, say_followed
 from asa.tasks.embedding import evaluate_probe
 from asa.tasks.evaluation import compare_folders
@@ -28,9 +29,97 @@ from asa.tasks.prediction import checkpoints_of
 from asa.training.checkpoint import check_best, read_description
 from asa.training.checkpoint_files import find_weights, is_shipped, on_hub
 from asa.training.device import Backend
-from asa.training.loop import check_settings, train
+from asa.training.loop import Validate, check_settings, train
 from asa.training.plan import micro_batch, preflight, show_plan
 from asa.training.run_folder import open_run, run_backend, unfinished
+
+BUILT_IN = {
+    "pretraining": "asa.tasks.pretraining.Pretraining",
+    "segmentation": "asa.tasks.segmentation.Segmentation",
+    "classification": "asa.tasks.whole_scans.Classification",
+    "regression": "asa.tasks.whole_scans.Regression",
+    "restoration": "asa.restoration.task.Restoration",
+}
+
+
+class Task(Protocol):
+    """What a network is trained for: one object per run. A task of your own package implements these members.
+
+    It may add `metrics(make)`, the names that its validation gives: a wrong train.best is then found before training;
+    and, of asa-finetune, `anomalies = True` if its prediction takes `healthy`.
+
+    Attributes:
+        command: that trains it, "pretrain" or "finetune".
+        units: what batches and the training part consist of, like ("volumes", "scans").
+        cross_validates: whether the test parts of all folds can be predicted and evaluated together.
+        split: subjects of "train", "validation" and "test".
+        parts: records of each part.
+    """
+
+    command: ClassVar[str]
+    units: ClassVar[tuple[str, str]]
+    cross_validates: ClassVar[bool]
+    split: dict[str, list[str]]
+    parts: Mapping[str, Sequence[Any]]
+
+    def __init__(self, config: Config) -> None:
+        """Open the data; enter what follows from it (channels, classes) into `config["method"]`. Raises ValueErrors."""
+
+    def example(self, method: Any, count: int) -> Batch:
+        """A micro-batch of `count` samples; floating-point tensors may be on the meta device."""
+
+    def load_init(self, method: Any) -> None:
+        """Load the weights that `init` names, if any, and print what was loaded."""
+
+    def explain_init(self, method: Any) -> str:
+        """What loading `init` would do, without doing it."""
+
+    def dataset(self, method: Any) -> Samples:
+        """The training samples."""
+
+    def validation(self, method: Any) -> Validate | None:
+        """What is called with the number of steps to validate the method; None without validation data."""
+
+    def metadata(self) -> dict[str, Any]:
+        """What the checkpoint has to hold about the data so that a new scan can be predicted; plain data."""
+
+    def begin(self, run: Path) -> None:
+        """Called in the open run folder before training: print what is trained, write what belongs to the run."""
+
+    def finish(self, run: Path, method: Any, metrics: Mapping[str, float]) -> None:
+        """Called after training with the last metrics: print them, score the test part."""
+
+    @staticmethod
+    def predict(config: Config) -> None:
+        """asa-predict: predict scans with the checkpoint that `config["checkpoint"]` names."""
+
+    @staticmethod
+    def evaluate(config: Config) -> None:
+        """asa-evaluate: score predictions against the truth, and write `OUT/summary.json` with what else is written."""
+
+
+def find_task(name: str, plugins: Sequence[str] = ()) -> type[Task]:
+    """A task of `BUILT_IN`, or `package.module.Class` of a package listed in `plugins`; a ValueError for any other."""
+    if name not in BUILT_IN and ("." not in name or not plugins):
+        offered = f"{', '.join(BUILT_IN)}, and package.module.Class with plugins=[package]"
+        raise ValueError(f"no task {name[:80]!r}: there are {offered}")
+    found = locate(BUILT_IN[name], ("asa.tasks", *PACKAGES)) if name in BUILT_IN else locate(name, plugins)
+    if not isinstance(found, type) or getattr(found, "command", None) not in ("pretrain", "finetune"):
+        raise ValueError(f"{name}: no task: it has no command, pretrain or finetune")
+    task: type[Task] = found
+    return task
+
+
+def task_of_method(config: Config, command: str) -> tuple[str, type[Task]]:
+    """The name and the class of the task that a configuration's method names; a ValueError for another command's."""
+    target, plugins = config["method"]["_target_"], config["plugins"]
+    name = getattr(locate(target, ("asa.methods", *PACKAGES, *plugins)), "task", None)
+    if not isinstance(name, str):
+        raise ValueError(f"_target_={target} names no task: give the method an attribute task = 'package.module.Class'")
+    task = find_task(name, plugins)
+    if task.command != command:
+        raise ValueError(f"_target_={target} is a method of {name}: train it with asa-{task.command}")
+    return name, task
 
 
 def configure(command: str, *settings: Mapping[str, Any], config_dir: str | Path | None = None) -> Config:

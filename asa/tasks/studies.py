@@ -26,9 +26,8 @@ from asa.evaluation.policies import CLASSIFICATION
 from asa.reporting.ablation import Trial, labelled_text, trial_line, write_ablation
 from asa.reporting.pages import require_report_extra
 from asa.settings import Config
-from asa.tasks.base import task_of_method
 from asa.tasks.checks import chosen_arms
-from asa.tasks.run import call, train_task
+from asa.tasks.run import call, task_of_method, train_task
 from asa.training.checkpoint_files import find_weights
 from asa.training.distributed import world_size
 from asa.training.process import Stopped

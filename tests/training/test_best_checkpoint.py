@@ -17,8 +17,7 @@ from asa.data.store import Store
 from asa.methods.pretrain import MaskedPretraining
 from asa.models.masked_autoencoder import asa_tiny
 from asa.settings import LoaderSettings, OptimSettings, TrainSettings
-from asa.tasks.base import task_of_method
-from asa.tasks.run import train_task
+from asa.tasks.run import task_of_method, train_task
 from asa.training import checkpoint as checkpoint_module
 from asa.training.checkpoint import (
     describe_best,

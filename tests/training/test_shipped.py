@@ -16,7 +16,7 @@ from torch import nn
 import asa
 from asa.cli import finetune
 from asa.data.io.files import check_digest
-from asa.data.phantom import cohort as phantom
+from asa.data.phantom import reader as phantom
 from asa.data.phantom.anatomy import STRUCTURES
 from asa.data.preprocessing.cohort import CohortSettings, prepare_cohort
 from asa.data.store import Store

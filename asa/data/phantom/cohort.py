@@ -5,17 +5,14 @@ diffeomorphism, with its own cortical folds, tissue contrast, bias field and noi
 folder has a JSON file with "phantom": true. Arrays are (D, H, W) in RAS+ axes, lengths are mm.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from asa.data.datasets import bids, brats, folder, freesurfer, ibsr, wmh
-from asa.data.datasets.record import Record
+from asa.data.datasets import brats, wmh
 from asa.data.io.files import check_out, read_json, write_json
 from asa.data.io.nifti import write_image
 from asa.data.phantom.anatomy import (
@@ -96,43 +93,6 @@ def make_cohort(
     for number in tqdm(range(1, subjects + 1), desc=f"phantom {kind}", unit="subject", disable=not progress):
         written += _write_subject(template, out, number, seed, about)
     return written
-
-
-def records(
-    root: str | Path,
-    *,
-    kind: str,
-    subjects: int = 10,
-    seed: int = 0,
-    resolution: float = 1.0,
-    rim: bool = False,
-    names: int = 2021,
-) -> list[Record]:
-    """Records of a phantom cohort in the folder `root`, which is generated if it does not exist.
-
-    Options and errors are those of `make_cohort`; a ValueError, too, if the folder holds more subjects.
-    """
-    root = Path(root)
-    options: dict[str, Any] = dict(kind=kind, seed=seed, resolution=float(resolution), rim=rim, names=names)
-    about = read_json(root / "phantom.json") if (root / "phantom.json").is_file() else {}
-    same = isinstance(about, dict) and options.items() <= about.items()
-    if not same or len([*root.rglob("*.nii.gz"), *root.rglob("*.mgz")]) < subjects * KINDS[kind]:
-        make_cohort(subjects=subjects, out=root, **options)
-    readers: dict[str, Callable[[Path], list[Record]]] = {
-        "t1": bids.records,
-        "ibsr": ibsr.records,
-        "wmh": wmh.records,
-        "brats": partial(brats.records, year=names),
-        "structures": partial(folder.records, images={"t1": "*_T1.nii.gz"}, label="*_structures.nii.gz"),
-        "freesurfer": freesurfer.records,
-    }
-    found = readers[kind](root)
-    if len(found) != subjects:
-        raise ValueError(
-            f"{root}: holds {len(found)} subjects, not data.subjects={subjects}; give data.subjects={len(found)}, or "
-            "another data.root"
-        )
-    return found
 
 
 def claim(out: Path, about: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from asa.data.datasets.folder import recognise
 from asa.data.datasets.record import check_records
 from asa.data.io.files import matching_files
 from asa.data.io.nifti import read_label
-from asa.data.phantom import cohort as phantom
+from asa.data.phantom import reader as phantom
 from asa.data.phantom.anatomy import STRUCTURES
 
 PHANTOM_ASEG = (2, 3, 4, 10, 11, 12, 16, 17, 24, 41, 42, 43, 49, 50, 51, 53)

@@ -172,5 +172,9 @@ def test_wrong_settings_are_named() -> None:
     for name in ("deform", "bias_field"):
         with pytest.raises(ValueError, match=f"augment.{name}=-1"):
             AugmentSettings(**{name: -1})
+    for name in ("rotation", "deform", "noise", "brightness", "bias_field"):
+        for value in (float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"augment.{name}={value}: must be 0 or more, and finite"):
+                AugmentSettings(**{name: value})
     with pytest.raises(ValueError, match="augment.deform_probability=2"):
         AugmentSettings(deform_probability=2)

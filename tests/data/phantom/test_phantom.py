@@ -13,7 +13,7 @@ import torch
 from asa.data.datasets import bids, folder, freesurfer, ibsr
 from asa.data.io.nifti import axis_codes, check_same_geometry, read_image, read_label, spacing_of
 from asa.data.phantom import anatomy
-from asa.data.phantom import cohort as phantom
+from asa.data.phantom import reader as phantom
 from asa.data.phantom.anatomy import ELLIPSOIDS, STRUCTURES, aseg_label, structure_maps
 from asa.data.phantom.cohort import KINDS, make_cohort
 from asa.data.phantom.lesions import TumourPlan

@@ -11,7 +11,7 @@ import torch
 from asa.cli import phantom as command
 from asa.cli import prepare
 from asa.data.io.nifti import read_image, read_label
-from asa.data.phantom import cohort as phantom
+from asa.data.phantom import reader as phantom
 from asa.data.phantom.lesions import FLUID
 from asa.data.phantom.planted import DEEP, PLANTERS, VALUES, Planted, Scan, plant, plant_cohort
 from asa.data.phantom.warp import grid_points
